@@ -1,0 +1,118 @@
+"""Weights from files: safetensors or a `weights_only` torch file, unwrapped, checked, and fitted to a model."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gsforget.errors import RequestError, SafetyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint into a flat state dict.
+
+    A torch file is read with ``weights_only=True``: a pickle that would run code is refused (SafetyError).
+    Wrappers such as ``{"state_dict": …}`` and name prefixes such as ``module.`` are removed.
+    Raises RequestError for a missing, unreadable or empty file and for NaN or infinite weights.
+    """
+    if not path.is_file():
+        raise RequestError(f"There is no checkpoint {path}.", "Check --checkpoint.", "no_checkpoint")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not state:
+        raise RequestError(f"{path} holds no tensors.", "Save the model's state_dict() and give that file.", "bad_checkpoint")
+    check_finite(state, path)
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return strip_prefix(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RequestError(f"{path} is not a readable safetensors file ({error}).", "Give a complete file.", "bad_checkpoint") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise SafetyError(
+                f"{path} is a pickle that holds more than tensors; loading it could run code.",
+                "Save it again as tensors only: safetensors.torch.save_file(model.state_dict(), 'model.safetensors').",
+                "pickle_with_code",
+            ) from error
+        raise RequestError(f"{path} is not a readable torch file.", "Give a complete file.", "bad_checkpoint") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{path} is not a readable torch file ({type(error).__name__}).", "Give a complete file.", "bad_checkpoint") from error
+    return unwrap(raw, path)
+
+
+def unwrap(raw: object, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint object: wrappers first, then a common name prefix."""
+    import torch
+
+    while isinstance(raw, dict) and not any(isinstance(v, torch.Tensor) for v in raw.values()):
+        inner = next((raw[k] for k in WRAPPERS if isinstance(raw.get(k), dict)), None)
+        if inner is None:
+            break
+        raw = inner
+    if not isinstance(raw, dict) or not any(isinstance(v, torch.Tensor) for v in raw.values()):
+        raise RequestError(
+            f"{path} holds no state dict.", "Save the model's state_dict() and give that file.", "bad_checkpoint"
+        )
+    return strip_prefix({k: v for k, v in raw.items() if isinstance(v, torch.Tensor)})
+
+
+def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove name prefixes that every entry carries (`module.` of DataParallel and its like)."""
+    stripped = True
+    while stripped and state:
+        stripped = False
+        for prefix in PREFIXES:
+            if all(k.startswith(prefix) for k in state):
+                state = {k.removeprefix(prefix): v for k, v in state.items()}
+                stripped = True
+    return state
+
+
+def check_finite(state: dict[str, Tensor], where: Path | str) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RequestError(
+                f"{where}: tensor {name} holds NaN or infinite values.", "Give a checkpoint from before training diverged.", "nan_weights"
+            )
+
+
+def apply_weights(model: nn.Module, state: dict[str, Tensor], where: Path | str) -> None:
+    """Load a state dict that must fit exactly; says which tensors do not.  Buffers may be absent."""
+    wanted = model.state_dict()
+    required = {n for n, _ in model.named_parameters()}
+    missing = sorted(required - state.keys())
+    extra = sorted(state.keys() - wanted.keys())
+    shapes = [f"{n} is {list(state[n].shape)}, the model has {list(wanted[n].shape)}" for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    if missing or extra or shapes:
+        parts = []
+        if shapes:
+            parts.append(shapes[0])
+        if missing:
+            parts.append(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        if extra:
+            parts.append(f"{len(extra)} are unknown to the model, such as {extra[0]}")
+        raise RequestError(
+            f"{where} does not fit the model: {'; '.join(parts)}.",
+            "Name the model that the checkpoint was trained as: --model NAME, and --model-kwargs where it was changed.",
+            "wrong_architecture",
+        )
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,170 @@
+"""Model folders: `model.safetensors` (plain weights, original names) and `config.json` (how to build and feed it)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsforget.errors import RequestError, SafetyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What `config.json` holds.
+
+    ``architecture`` is a timm model name, or an import path ``package.module:factory`` that is called with
+    ``model_kwargs`` and used only with trust_code.  ``class_names`` are in index order; an erased class keeps its
+    index and is named ``forgotten-<index>``.  ``mean`` and ``std`` are per channel for pixels scaled to 0..1.
+    """
+
+    architecture: str
+    model_kwargs: dict[str, Any]
+    class_names: list[str]
+    input_size: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    forgotten: tuple[int, ...] = ()
+    sequence: int = 0
+    task: str = "classify"
+    format: int = field(default=FORMAT)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def retained(self) -> list[int]:
+        return [i for i in range(self.num_classes) if i not in self.forgotten]
+
+    def erase(self, indices: list[int]) -> ModelConfig:
+        """The config after one more erasure: names replaced, sequence advanced."""
+        names = [f"forgotten-{i}" if i in indices else n for i, n in enumerate(self.class_names)]
+        return dataclasses.replace(
+            self,
+            class_names=names,
+            forgotten=tuple(sorted({*self.forgotten, *indices})),
+            sequence=self.sequence + 1,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: str = CONFIG) -> ModelConfig:
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        missing = [
+            n
+            for n, f in known.items()
+            if n not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise RequestError(
+                f"{where} lacks {', '.join(missing)}.",
+                "Write these fields, or name a timm model and a checkpoint with --model NAME --checkpoint FILE.",
+                "bad_config",
+            )
+        if raw.get("format", FORMAT) > FORMAT:
+            raise RequestError(
+                f"{where} has format {raw['format']}, newer than this gsforget reads ({FORMAT}).",
+                "Update gsforget: pip install --upgrade gsforget.",
+                "bad_config",
+            )
+        values = {k: tuple(v) if isinstance(v, list) and k != "class_names" else v for k, v in raw.items() if k in known}
+        return cls(**values)
+
+
+def is_model_folder(path: Path) -> bool:
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of a model folder.  Raises RequestError when it is absent or malformed."""
+    path = folder / CONFIG
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        lacking = CONFIG if not path.is_file() else WEIGHTS
+        raise RequestError(
+            f"{folder} is not a model folder: {lacking} is missing.",
+            "Name a run folder such as runs/forget-0001, or a folder with model.safetensors and config.json.",
+            "no_model",
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(f"{path} is not valid JSON ({error}).", "Restore it from the original model.", "bad_config") from error
+    return ModelConfig.from_json(raw, str(path))
+
+
+def build_model(config: ModelConfig, trust_code: bool = False) -> nn.Module:
+    """Build the bare architecture of a config, with untrained weights, in eval mode."""
+    if ":" in config.architecture:
+        if not trust_code:
+            raise SafetyError(
+                f"The model is built by {config.architecture}, which would run code that gsforget does not know.",
+                "Add --trust-code if you trust that module.",
+                "untrusted_code",
+            )
+        module_name, _, factory = config.architecture.partition(":")
+        try:
+            build = getattr(importlib.import_module(module_name), factory)
+        except (ImportError, AttributeError) as error:
+            raise RequestError(
+                f"{config.architecture} cannot be imported ({error}).", "Check the import path in config.json.", "no_model"
+            ) from error
+        return build(**config.model_kwargs).eval()
+    from gsforget.models import create_timm
+
+    return create_timm(config.architecture, config.num_classes, config.model_kwargs).eval()
+
+
+def load_model(folder: Path, trust_code: bool = False) -> tuple[nn.Module, ModelConfig]:
+    """Load a model folder: the model in eval mode on the CPU, and its config."""
+    from gsforget.checkpoint import apply_weights, read_weights
+
+    config = read_config(folder)
+    model = build_model(config, trust_code)
+    apply_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    return model, config
+
+
+def save_model(state: dict[str, Any], config: ModelConfig, folder: Path) -> None:
+    """Write a model folder's two files, flushed to disk.  The folder must exist; callers publish it by renaming."""
+    from safetensors.torch import save
+
+    write_file(folder / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in state.items()}, {"format": "pt"}))
+    write_file(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write and flush to disk under a temporary name, then rename: the file is complete or absent."""
+    raw = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as handle:
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
