@@ -112,7 +112,10 @@ def train(epochs: int, batch: int, lr: float, seed: int) -> None:
             total += loss.item()
         # Training accuracy only: the test images are read once, at the end.
         seen = accuracy(model, x[:5000], y[:5000])
-        print(f"epoch {epoch} loss {total / (len(x) // batch):.4f} train acc {seen:.2f} {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch} loss {total / (len(x) // batch):.4f} train acc {seen:.2f} {time.time() - start:.0f} s",
+            flush=True,
+        )
     acc = accuracy(model, tx, ty)
     per_class = [accuracy(model, tx[ty == c], ty[ty == c]) for c in range(10)]
     ASSETS.mkdir(parents=True, exist_ok=True)

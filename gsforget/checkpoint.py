@@ -26,7 +26,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RequestError(f"There is no checkpoint {path}.", "Check --checkpoint.", "no_checkpoint")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not state:
-        raise RequestError(f"{path} holds no tensors.", "Save the model's state_dict() and give that file.", "bad_checkpoint")
+        raise RequestError(
+            f"{path} holds no tensors.", "Save the model's state_dict() and give that file.", "bad_checkpoint"
+        )
     check_finite(state, path)
     return state
 
@@ -38,7 +40,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return strip_prefix(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise RequestError(f"{path} is not a readable safetensors file ({error}).", "Give a complete file.", "bad_checkpoint") from error
+        raise RequestError(
+            f"{path} is not a readable safetensors file ({error}).", "Give a complete file.", "bad_checkpoint"
+        ) from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -53,9 +57,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 "Save it again as tensors only: safetensors.torch.save_file(model.state_dict(), 'model.safetensors').",
                 "pickle_with_code",
             ) from error
-        raise RequestError(f"{path} is not a readable torch file.", "Give a complete file.", "bad_checkpoint") from error
+        raise RequestError(
+            f"{path} is not a readable torch file.", "Give a complete file.", "bad_checkpoint"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path} is not a readable torch file ({type(error).__name__}).", "Give a complete file.", "bad_checkpoint") from error
+        raise RequestError(
+            f"{path} is not a readable torch file ({type(error).__name__}).", "Give a complete file.", "bad_checkpoint"
+        ) from error
     return unwrap(raw, path)
 
 
@@ -91,7 +99,9 @@ def check_finite(state: dict[str, Tensor], where: Path | str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RequestError(
-                f"{where}: tensor {name} holds NaN or infinite values.", "Give a checkpoint from before training diverged.", "nan_weights"
+                f"{where}: tensor {name} holds NaN or infinite values.",
+                "Give a checkpoint from before training diverged.",
+                "nan_weights",
             )
 
 
@@ -101,7 +111,11 @@ def apply_weights(model: nn.Module, state: dict[str, Tensor], where: Path | str)
     required = {n for n, _ in model.named_parameters()}
     missing = sorted(required - state.keys())
     extra = sorted(state.keys() - wanted.keys())
-    shapes = [f"{n} is {list(state[n].shape)}, the model has {list(wanted[n].shape)}" for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    shapes = [
+        f"{n} is {list(state[n].shape)}, the model has {list(wanted[n].shape)}"
+        for n in wanted
+        if n in state and state[n].shape != wanted[n].shape
+    ]
     if missing or extra or shapes:
         parts = []
         if shapes:

@@ -85,7 +85,9 @@ class ModelConfig:
                 "Update gsforget: pip install --upgrade gsforget.",
                 "bad_config",
             )
-        values = {k: tuple(v) if isinstance(v, list) and k != "class_names" else v for k, v in raw.items() if k in known}
+        values = {
+            k: tuple(v) if isinstance(v, list) and k != "class_names" else v for k, v in raw.items() if k in known
+        }
         return cls(**values)
 
 
@@ -106,7 +108,9 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(f"{path} is not valid JSON ({error}).", "Restore it from the original model.", "bad_config") from error
+        raise RequestError(
+            f"{path} is not valid JSON ({error}).", "Restore it from the original model.", "bad_config"
+        ) from error
     return ModelConfig.from_json(raw, str(path))
 
 
@@ -124,7 +128,9 @@ def build_model(config: ModelConfig, trust_code: bool = False) -> nn.Module:
             build = getattr(importlib.import_module(module_name), factory)
         except (ImportError, AttributeError) as error:
             raise RequestError(
-                f"{config.architecture} cannot be imported ({error}).", "Check the import path in config.json.", "no_model"
+                f"{config.architecture} cannot be imported ({error}).",
+                "Check the import path in config.json.",
+                "no_model",
             ) from error
         return build(**config.model_kwargs).eval()
     from gsforget.models import create_timm

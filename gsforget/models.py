@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def create_timm(name: str, num_classes: int | None, model_kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:
+def create_timm(
+    name: str, num_classes: int | None, model_kwargs: dict[str, Any], pretrained: bool = False
+) -> nn.Module:
     """`timm.create_model` in eval mode.
 
     Args:
@@ -41,7 +43,9 @@ def create_timm(name: str, num_classes: int | None, model_kwargs: dict[str, Any]
                 "no_weights",
             ) from error
         raise RequestError(
-            f"timm cannot build {name} with {kwargs} ({first_line(error)}).", "Check --model-kwargs.", "bad_model_kwargs"
+            f"timm cannot build {name} with {kwargs} ({first_line(error)}).",
+            "Check --model-kwargs.",
+            "bad_model_kwargs",
         ) from error
 
 
@@ -64,10 +68,15 @@ def preprocessing_of(model: nn.Module, model_kwargs: dict[str, Any], overrides: 
         resolved = timm.data.resolve_model_data_config(model, args=args)
     except AssertionError as error:
         raise RequestError(
-            f"--mean and --std must have one value or one per channel ({args['in_chans']}).", "For example --mean 0.5.", "bad_mean"
+            f"--mean and --std must have one value or one per channel ({args['in_chans']}).",
+            "For example --mean 0.5.",
+            "bad_mean",
         ) from error
     channels = args["in_chans"]
-    fit = {k: tuple(resolved[k])[:channels] if len(resolved[k]) >= channels else tuple(resolved[k]) * channels for k in ("mean", "std")}
+    fit = {
+        k: tuple(resolved[k])[:channels] if len(resolved[k]) >= channels else tuple(resolved[k]) * channels
+        for k in ("mean", "std")
+    }
     chosen = resolved["input_size"] if size else (channels, *resolved["input_size"][1:])
     return {
         "input_size": tuple(chosen),

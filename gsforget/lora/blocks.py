@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Autograd nodes that mix positions through a product of two activations, or reduce over them.
-MIXING = ("Bmm", "Baddbmm", "MmBackward", "Addmm", "ScaledDotProduct", "Attention", "Softmax", "MeanBackward", "SumBackward", "LinearBackward")
+MIXING = (
+    "Bmm",
+    "Baddbmm",
+    "MmBackward",
+    "Addmm",
+    "ScaledDotProduct",
+    "Attention",
+    "Softmax",
+    "MeanBackward",
+    "SumBackward",
+    "LinearBackward",
+)
 # Nodes that do not make a feed-forward network by themselves: reshaping, sums, scales and norms.
 PLAIN = (
     "View", "Reshape", "Transpose", "Permute", "TBackward", "Clone", "Alias", "Slice", "Select", "Split", "Unbind", "Expand",
@@ -175,5 +186,7 @@ def as_logits(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
         return output[0]
     raise RequestError(
-        f"The model returns {type(output).__name__}, in which no logits were found.", "Wrap it so that it returns a tensor.", "no_logits"
+        f"The model returns {type(output).__name__}, in which no logits were found.",
+        "Wrap it so that it returns a tensor.",
+        "no_logits",
     )

@@ -61,14 +61,18 @@ def to_grid(a: Tensor, b: Tensor) -> GridFactors:
     """
     a, b = a.detach().cpu().to(torch.float64), b.detach().cpu().to(torch.float64)
     norm_a, norm_b = a.norm(dim=1), b.norm(dim=0)
-    ratio = torch.where((norm_a > 0) & (norm_b > 0), (norm_b / norm_a.clamp_min(1e-300)).sqrt(), torch.zeros(()).double())
+    ratio = torch.where(
+        (norm_a > 0) & (norm_b > 0), (norm_b / norm_a.clamp_min(1e-300)).sqrt(), torch.zeros(()).double()
+    )
     a = a * ratio[:, None]
     b = torch.where(ratio > 0, b / ratio.clamp_min(1e-300), torch.zeros(()).double())
     ea, eb = _exponents(a.abs().amax(1)), _exponents(b.abs().amax(0))
     allowed = 53 - 30 - math.ceil(math.log2(max(1, len(ea))))
     lift = ((ea + eb).max() - allowed - (ea + eb)).clamp_min(0)
     ea, eb = ea + lift // 2, eb + lift - lift // 2
-    return GridFactors(_round(a / torch.exp2(ea.double())[:, None]), _round(b / torch.exp2(eb.double())), ea.int(), eb.int())
+    return GridFactors(
+        _round(a / torch.exp2(ea.double())[:, None]), _round(b / torch.exp2(eb.double())), ea.int(), eb.int()
+    )
 
 
 def _exponents(peaks: Tensor) -> Tensor:
@@ -94,6 +98,8 @@ def read_delta(path: Path) -> dict[str, GridFactors]:
     try:
         raw = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RequestError(f"{path} cannot be read ({error}).", "It may have been purged or damaged.", "no_delta") from error
+        raise RequestError(
+            f"{path} cannot be read ({error}).", "It may have been purged or damaged.", "no_delta"
+        ) from error
     names = sorted({key.rsplit("::", 1)[0] for key in raw})
     return {n: GridFactors(*(raw[f"{n}::{k}"] for k in ("a", "b", "ea", "eb"))) for n in names}

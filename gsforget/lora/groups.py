@@ -50,7 +50,8 @@ class LoRAGroups:
     Attributes:
         flat, grad: float32 [n], factors and their gradients (gradients of a backward pass arrive here by themselves).
         offsets, lengths: int64 [G], where each group lies in the buffer.
-        weights: float64 [G], sqrt(length): what a group's penalty is multiplied with (Yuan and Lin, 2006).
+        weights: float64 [G], what a group's penalty is multiplied with: sqrt(length) (Yuan and Lin, 2006) times the
+            share of the groups that lie from this one on, which is what training must run while this one is active.
         active: bool [G].
     """
 
@@ -68,7 +69,8 @@ class LoRAGroups:
         lengths = [sum(r * (i + o) for _, r, i, o in group) for group in shapes]
         self.lengths = torch.tensor(lengths)
         self.offsets = torch.cumsum(self.lengths, 0) - self.lengths
-        self.weights = self.lengths.to(torch.float64).sqrt().to(device)
+        cost = torch.arange(len(blocks), 0, -1, dtype=torch.float64) / len(blocks)
+        self.weights = (self.lengths.to(torch.float64).sqrt() * cost).to(device)
         self.active = torch.ones(len(blocks), dtype=torch.bool, device=device)
         self.flat = torch.zeros(sum(lengths), device=device)
         self.grad = torch.zeros_like(self.flat)
@@ -129,7 +131,9 @@ class LoRAGroups:
 
     def named_deltas(self) -> dict[str, LoRAPair]:
         """Pairs of active groups with a product that is not zero, by the name of the weight that they change."""
-        return {p.parameter: p for p in self.pairs if self.active[p.group] and p.b.detach().any() and p.a.detach().any()}
+        return {
+            p.parameter: p for p in self.pairs if self.active[p.group] and p.b.detach().any() and p.a.detach().any()
+        }
 
 
 def _sides(module: nn.Module, rank: int) -> tuple[int, int, int]:

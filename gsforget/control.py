@@ -1,0 +1,112 @@
+"""The numbers that nobody should tune: prox strength, number of groups, and how long to train.
+
+The strength of the group penalty starts from the gradient of the loss with respect to each block's product dW = B A at
+dW = 0 (the gradients of the factors vanish where both are zero) and is then steered towards the number of groups asked
+for.  The length follows from validation accuracy, checked at the end of each stage.  The values below were fixed once,
+on the demo and a 100-class set, and serve every request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gsforget.lora.groups import LoRAGroups
+
+START = 0.2  # share of the median force on a block's product that the first penalty balances
+GROWTH = 1.08  # of the strength per step while more groups are active than asked for
+DECAY = 0.9  # of the strength per step once they are not
+PATIENCE = 10  # steps for which a group must be zero before it counts as dead: Adam's first moment has decayed by then
+WARMUP = 20  # steps before the first penalty, so that Adam's second moment of every factor is known
+SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
+SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 2, 60, 300  # length of one settling stage: epochs, then bounds in steps
+STAGES = 5  # settling stages at most
+STAGES_UNSEEN = 2  # settling stages where there are too few images for a validation part
+
+
+def product_forces(groups: LoRAGroups, loss: Callable[[], Tensor]) -> Tensor:
+    """How hard the loss pulls on each group's products at dW = 0, per unit of group weight.
+
+    The gradient with respect to dW of a layer is the gradient with respect to its weight, G [out, in]; a rank-one pair
+    of unit factors lowers the loss at most at the rate of G's spectral norm.  Returns float64 [G]:
+    sqrt(sum of squared spectral norms over the group's layers) / group weight.
+    """
+    weights = [pair.module.weight for pair in groups.pairs]
+    required = [w.requires_grad for w in weights]
+    for w in weights:
+        w.requires_grad_(True)
+    try:
+        gradients = torch.autograd.grad(loss(), weights)
+    finally:
+        for w, flag in zip(weights, required):
+            w.requires_grad_(flag)
+    squares = torch.zeros(len(groups), dtype=torch.float64, device=groups.flat.device)
+    for pair, gradient in zip(groups.pairs, gradients):
+        squares[pair.group] += torch.linalg.matrix_norm(gradient.double(), ord=2) ** 2
+    return squares.sqrt() / groups.weights
+
+
+@dataclass
+class StrengthControl:
+    """Steers the penalty strength; `zero_for` int64 [G] counts the steps in a row at which each group was zero."""
+
+    strength: float
+    target: int
+    zero_for: Tensor
+    fixed: bool = False
+
+    def after_step(self, norms: Tensor, critical: Tensor, active: Tensor) -> list[int]:
+        """Adjust the strength and name the groups that are dead now.
+
+        Args:
+            norms: float64 [G], after the step; exactly zero for a group that the prox removed.
+            critical: float64 [G], the strength at which each group would have been removed in this step.
+            active: bool [G].
+        """
+        zero = (norms == 0) & active
+        self.zero_for = torch.where(zero, self.zero_for + 1, torch.zeros_like(self.zero_for))
+        if not self.fixed:
+            alive = int((active & ~zero).sum())
+            self.strength *= GROWTH if alive > self.target else DECAY
+            # Never so strong that fewer groups than asked for would survive the next step.
+            keep = torch.topk(critical, min(self.target, len(critical))).values[-1].item()
+            self.strength = min(self.strength, 0.9 * keep) if keep > 0 else self.strength
+        return torch.nonzero(self.zero_for >= PATIENCE).flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Validation accuracies in percent at one moment; None where there are no such images."""
+
+    step: int
+    forget: float | None
+    retain: float | None
+    retain_before: float | None
+    retain_images: int
+    active: list[int]
+
+    def satisfied(self, max_forget: float, max_drop: float) -> bool:
+        """Forgotten, and retained accuracy down by no more than `max_drop` points or one image, whichever is more."""
+        forgotten = self.forget is None or self.forget <= max_forget
+        if self.retain is None or self.retain_before is None:
+            return forgotten
+        return forgotten and self.retain >= self.retain_before - max(max_drop, 100 / self.retain_images)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_target(groups: int) -> int:
+    """A third of the groups, rounded up, may stay active unless the user says otherwise."""
+    return max(1, -(-groups // 3))
+
+
+def settle_steps(per_epoch: int) -> int:
+    """Steps of one settling stage: two epochs, within bounds for a handful of images and for a million."""
+    return min(SETTLE_MAX, max(SETTLE_MIN, SETTLE_EPOCHS * per_epoch))

@@ -1,0 +1,207 @@
+"""What lies before the first active group is computed once per image and reused.
+
+While a request trains, everything that runs before the first active feed-forward network is frozen, so its outputs for
+an image never change.  `PrefixReuse` finds, for any module, which outputs of that frozen part the rest really reads: it
+runs the model on a probe batch with every frozen module answering from a recording, poisons one recording at a time
+with NaN, and sees whether the logits change.  Those few outputs are kept for every image; all other frozen modules
+answer with blanks.  The plan is checked on other images before it is used, and dropped where it does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsforget.lora.blocks import as_logits
+
+TOLERANCE = 1e-4
+
+
+@dataclass
+class _Frozen:
+    """A frozen module whose forward is answered from a recording; `rows` output rows per image."""
+
+    name: str
+    module: nn.Module
+    recorded: Tensor
+    rows: int
+    blanks: dict[int, Tensor] = field(default_factory=dict)
+
+    def blank(self, images: int) -> Tensor:
+        if images not in self.blanks:
+            self.blanks = {images: self.recorded.new_zeros((images * self.rows, *self.recorded.shape[1:]))}
+        return self.blanks[images]
+
+
+class PrefixReuse:
+    """Reuse of frozen outputs before `first`, the first linear layer that still trains.
+
+    Use `PrefixReuse.plan(...)`, then `fill` once, then `with reuse.images(indices): model(blank)`.
+    """
+
+    def __init__(self, model: nn.Module, frozen: list[_Frozen], needed: list[str]):
+        self.model = model
+        self.frozen = frozen
+        self.needed = needed
+        self.store: dict[str, Tensor] = {}
+
+    @classmethod
+    def plan(cls, model: nn.Module, first: str, probe: Tensor, images: int, budget: float) -> PrefixReuse | None:
+        """Find what must be kept; None where nothing can be gained or the budget (bytes) is too small.
+
+        Args:
+            model: in eval mode, on the probe's device.
+            first: dotted name of the first linear layer that trains.
+            probe: float [B, C, H, W], B >= 3, of different images.
+            images: how many images will be kept.
+        """
+        half = max(2, len(probe) // 2)
+        frozen = _record_frozen(model, first, probe[:half])
+        truth = _run(model, probe[:half])
+        while frozen:
+            plan = cls(model, frozen, [])
+            plan.needed = [f.name for f in frozen if plan._matters(f, probe[:half], truth)]
+            size = sum(f.recorded.nbytes for f in frozen if f.name in plan.needed) / half * images
+            if size <= budget and plan._holds(probe):
+                return plan
+            if size <= budget:
+                return None
+            frozen = frozen[:-1]
+        return None
+
+    def _matters(self, poisoned: _Frozen, probe: Tensor, truth: Tensor) -> bool:
+        """Whether the logits change when one recording is replaced by NaN."""
+
+        def answer(f: _Frozen) -> Tensor:
+            return torch.full_like(f.recorded, torch.nan) if f is poisoned else f.recorded.clone()
+
+        return not torch.allclose(self._answered(answer, probe), truth, atol=TOLERANCE, rtol=TOLERANCE)
+
+    def _holds(self, probe: Tensor) -> bool:
+        """Whether kept outputs give the same logits for images in another order and number."""
+        truth = _run(self.model, probe)
+        self.fill(len(probe), lambda i: probe[i], 2)
+        order = torch.arange(len(probe)).flip(0)
+        try:
+            with self.images(order):
+                reused = _run(self.model, probe[order])
+        except RuntimeError:
+            return False
+        finally:
+            self.store.clear()
+        return torch.allclose(reused, truth[order.to(truth.device)], atol=TOLERANCE, rtol=TOLERANCE)
+
+    def _answered(self, answer: Callable[[_Frozen], Tensor], batch: Tensor) -> Tensor:
+        try:
+            for f in self.frozen:
+                f.module.forward = _constant(answer, f)
+            return _run(self.model, batch)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for f in self.frozen:
+            f.module.__dict__.pop("forward", None)
+
+    def fill(self, images: int, batch_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """Run the frozen part over all images and keep what is needed.
+
+        Args:
+            images: number of images N.
+            batch_of: maps int64 indices [B] to images [B, C, H, W].
+        """
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.needed}
+
+        def keep(name: str):
+            return lambda _module, _inputs, output: kept[name].append(output.detach())
+
+        handles = [f.module.register_forward_hook(keep(f.name)) for f in self.frozen if f.name in self.needed]
+        try:
+            for indices in torch.arange(images).split(batch_size):
+                _run(self.model, batch_of(indices))
+        finally:
+            for handle in handles:
+                handle.remove()
+        rows = {f.name: f.rows for f in self.frozen}
+        self.store = {n: torch.cat([t.unflatten(0, (-1, rows[n])) for t in parts]) for n, parts in kept.items()}
+
+    def images(self, indices: Tensor) -> _Answering:
+        """Context in which the model answers for the kept images `indices` (int64 [B]), whatever it is fed."""
+        return _Answering(self, indices)
+
+    def blank_input(self, like: Tensor, images: int) -> Tensor:
+        """An input of the right shape for a model whose first modules answer by themselves: [images, C, H, W]."""
+        return like.new_zeros((1, *like.shape[1:])).expand(images, *like.shape[1:])
+
+
+class _Answering:
+    def __init__(self, reuse: PrefixReuse, indices: Tensor):
+        self.reuse, self.indices = reuse, indices
+
+    def __enter__(self) -> None:
+        def answer(f: _Frozen) -> Tensor:
+            if f.name in self.reuse.store:
+                kept = self.reuse.store[f.name]
+                return kept[self.indices.to(kept.device)].flatten(0, 1)
+            return f.blank(len(self.indices))
+
+        for f in self.reuse.frozen:
+            f.module.forward = _constant(answer, f)  # type: ignore[method-assign]
+
+    def __exit__(self, *_: Any) -> None:
+        self.reuse._restore()
+
+
+def _constant(answer: Callable[[_Frozen], Tensor], f: _Frozen) -> Callable[..., Tensor]:
+    return lambda *_args, **_kwargs: answer(f)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batch: Tensor) -> Tensor:
+    return as_logits(model(batch))
+
+
+def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]:
+    """Modules, as large as possible, that finish before `first` is called; called once, returning one tensor per image."""
+    names = {module: name for name, module in model.named_modules()}
+    starts: dict[str, int] = {}
+    finished: list[tuple[str, Any]] = []
+    reached = [False]
+    counts: dict[str, int] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        name = names[module]
+        counts[name] = counts.get(name, 0) + 1
+        reached[0] |= name == first
+        starts[name] = len(finished)
+
+    def after(module: nn.Module, _: Any, output: Any) -> None:
+        if not reached[0]:
+            finished.append((names[module], output))
+
+    handles = [
+        h
+        for m in names
+        if m is not model
+        for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))
+    ]
+    try:
+        _run(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    done = {name for name, _ in finished}
+    modules = dict(model.named_modules())
+    frozen = []
+    for name, output in finished:
+        inside = any(name.startswith(f"{other}.") for other in done)
+        whole = (
+            isinstance(output, Tensor) and output.ndim > 0 and output.shape[0] % len(probe) == 0 and output.shape[0] > 0
+        )
+        if not inside and whole and counts[name] == 1 and output.is_floating_point():
+            frozen.append(_Frozen(name, modules[name], output.detach(), output.shape[0] // len(probe)))
+    return frozen

@@ -1,0 +1,282 @@
+"""The forgetting loop of GS-LoRA (arXiv 2403.11530): select groups by the proximal step, then settle those that remain.
+
+Selection trains all groups while the penalty grows until no more groups are active than asked for; dead groups leave
+training.  Settling trains the remaining ones with a falling step size, on reused outputs of everything that lies before
+the first of them, in stages, until validation says that the classes are gone and the rest stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gsforget import control
+from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.errors import GsforgetError
+from gsforget.kernels.group_prox import ProxStep, proximal_adam_step
+from gsforget.lora.blocks import as_logits, find_feed_forward
+from gsforget.lora.groups import LoRAGroups
+from gsforget.prefix import PrefixReuse
+from gsforget.tasks.base import Losses, Task
+
+EVAL_BATCH = 256
+Event = dict[str, Any]
+
+
+class Images(Protocol):
+    """Images by index, with labels int64 [N]."""
+
+    labels: Tensor
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """int64 [B] -> float32 [B, C, H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the loop; None means that the loop chooses (see `control`).
+
+    Attributes:
+        rank: of each LoRA pair.
+        lr: Adam's step size for the factors.
+        batch_size: retained images per step; forgotten images join in proportion, at least a quarter as many.
+        epochs: passes over the retained images in the settling stage; None: by validation.
+        prox: strength of the group penalty, in nats per unit of weighted norm; None: from the data, then steered.
+        target_groups: groups that may stay active; None: a third.
+        max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
+        reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
+        cache_bytes: memory for reused outputs; 0 for none.
+    """
+
+    rank: int = 8
+    lr: float = 5e-3
+    batch_size: int = 64
+    epochs: float | None = None
+    prox: float | None = None
+    target_groups: int | None = None
+    seed: int = 0
+    max_forget_acc: float = 1.0
+    max_retain_drop: float = 0.5
+    reuse_prefix: bool = True
+    retire_groups: bool = True
+    cache_bytes: float = 4e9
+
+
+@dataclass
+class Trained:
+    """What the loop leaves: the groups (still attached to the model), what it chose, and how it went."""
+
+    groups: LoRAGroups
+    chosen: dict[str, Any]
+    watches: list[Watch] = field(default_factory=list)
+    norms: list[list[float]] = field(default_factory=list)  # one row per step: the norm of each group
+    seconds: float = 0.0
+
+
+class Loop:
+    """One request's training.  The model's own parameters are never written to."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        images: Images,
+        train: Tensor,
+        val: Tensor,
+        forget: Tensor,
+        settings: Settings,
+        progress: Callable[[Event], None] | None = None,
+    ):
+        """
+        Args:
+            model: logits from images; on the device on which to train.
+            train, val: int64 rows of `images` to learn from and to decide by (may be empty).
+            forget: bool [N], which images belong to the classes to forget.
+            progress: called with one small dict per step and per validation.
+        """
+        self.model, self.task, self.images, self.settings = model.eval().requires_grad_(False), task, images, settings
+        self.progress = progress or (lambda _event: None)
+        self.device = next(model.parameters()).device
+        self.forget, self.val = forget, val
+        self.labels = images.labels.to(self.device)
+        self.rng = torch.Generator().manual_seed(settings.seed)
+        self.pools = {"retain": train[~forget[train]], "forget": train[forget[train]]}
+        self.queues = {name: pool[:0] for name, pool in self.pools.items()}
+        retained, forgotten = (len(self.pools[k]) for k in ("retain", "forget"))
+        self.batch_retain = min(settings.batch_size, retained)
+        share = round(self.batch_retain * forgotten / max(1, retained))
+        self.batch_forget = min(forgotten, max(self.batch_retain // 4, share, 1))
+        self.reuse: PrefixReuse | None = None
+        self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
+        self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
+        self.lengths = self.groups.lengths.to(self.device)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
+        self.step = 0
+        self.trained = Trained(self.groups, {})
+
+    def run(self) -> Trained:
+        start = time.perf_counter()
+        before = self.outputs_of(torch.arange(len(self.labels)))
+        self.targets = self.task.targets(before)
+        self.right_before = self.task.correct(before, self.labels)
+        forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
+        target = self.settings.target_groups or default_target(len(self.groups))
+        first = control.START * forces.median().item() if self.settings.prox is None else self.settings.prox
+        counter = torch.zeros(len(self.groups), dtype=torch.int64, device=self.device)
+        self.control = StrengthControl(first, target, counter, self.settings.prox is not None)
+        self._select()
+        selected = self.step
+        self._plan_reuse()
+        stages = self._settle_until_satisfied()
+        kept = self.reuse.needed if self.reuse else []
+        self.reuse = None
+        self.trained.chosen = {
+            "target_groups": target,
+            "product_forces": forces.tolist(),
+            "prox_first": first,
+            "prox_last": self.control.strength,
+            "batch_retain": self.batch_retain,
+            "batch_forget": self.batch_forget,
+            "steps_select": selected,
+            "steps": self.step,
+            "stages": stages,
+            "reused_outputs": kept,
+        }
+        self.trained.seconds = time.perf_counter() - start
+        return self.trained
+
+    def _select(self) -> None:
+        target = self.control.target
+        while len(self._alive()) > target and self.step < control.SELECT_LIMIT:
+            warm = self.step < control.WARMUP
+            losses, result = self._train_step(self.settings.lr, 0.0 if warm else self.control.strength)
+            if not warm:
+                self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
+            self._report("select", losses, None)
+
+    def _settle_until_satisfied(self) -> int:
+        per_epoch = -(-len(self.pools["retain"]) // max(1, self.batch_retain))
+        s = self.settings
+        length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
+        limit = control.STAGES if len(self.val) else control.STAGES_UNSEEN
+        for stage in range(1, 2 if s.epochs is not None else limit + 1):
+            for k in range(length):
+                losses, result = self._train_step(s.lr * (1 - k / length), self.control.strength)
+                self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
+                self._report("settle", losses, k / length)
+            if len(self.val) and self._watch().satisfied(s.max_forget_acc, s.max_retain_drop):
+                break
+        return stage
+
+    def _train_step(self, lr: float, strength: float) -> tuple[Losses, ProxStep]:
+        losses = self._losses(self._draw_batch())
+        if not torch.isfinite(losses.total):
+            raise GsforgetError(
+                f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
+                f"Lower the step size: --lr {self.settings.lr / 5:g}.",
+                "diverged",
+            )
+        self.groups.grad.zero_()
+        losses.total.backward()
+        self.step += 1
+        g = self.groups
+        result = proximal_adam_step(
+            g.flat, g.grad, self.exp_avg, self.exp_avg_sq, self.lengths, g.weights, g.active, self.step, lr, strength
+        )
+        self.trained.norms.append(result.norms.tolist())
+        return losses, result
+
+    def _remove(self, dead: list[int]) -> None:
+        """Take dead groups out of training.  Both factors are zero, so their gradients vanish: they stay dead anyway."""
+        if not dead:
+            return
+        if self.settings.retire_groups:
+            self.groups.retire(dead)
+        else:
+            self.groups.active[dead] = False
+
+    def _alive(self) -> list[int]:
+        return self.groups.active_indices()
+
+    def _plan_reuse(self) -> None:
+        alive = self._alive()
+        if not (self.settings.reuse_prefix and alive):
+            return
+        first = next(pair.name for pair in self.groups.pairs if pair.group == alive[0])
+        count = len(self.labels)
+        self.reuse = PrefixReuse.plan(self.model, first, self.probe, count, self.settings.cache_bytes)
+        if self.reuse:
+            self.reuse.fill(count, self._images, EVAL_BATCH)
+
+    def _images(self, rows: Tensor) -> Tensor:
+        return self.images.batch(rows).to(self.device)
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        if self.reuse is None:
+            return as_logits(self.model(self._images(rows)))
+        with self.reuse.images(rows):
+            return as_logits(self.model(self.reuse.blank_input(self.probe, len(rows))))
+
+    @torch.no_grad()
+    def outputs_of(self, rows: Tensor) -> Tensor:
+        """Outputs for rows of the images, float32 [len(rows), K]."""
+        return torch.cat([self._outputs(piece).float() for piece in rows.split(EVAL_BATCH)])
+
+    def _draw(self, name: str, count: int) -> Tensor:
+        """The next rows of a pool, each once per pass, in a fresh order in every pass."""
+        pool, queue = self.pools[name], self.queues[name]
+        while len(queue) < count:
+            queue = torch.cat([queue, pool[torch.randperm(len(pool), generator=self.rng)]])
+        self.queues[name] = queue[count:]
+        return queue[:count]
+
+    def _draw_batch(self, times: int = 1) -> Tensor:
+        return torch.cat(
+            [self._draw("retain", times * self.batch_retain), self._draw("forget", times * self.batch_forget)]
+        )
+
+    def _losses(self, rows: Tensor) -> Losses:
+        here = rows.to(self.device)
+        return self.task.losses(
+            self._outputs(rows), self.targets[here], self.labels[here], self.forget[rows].to(self.device)
+        )
+
+    def _watch(self) -> Watch:
+        right = self.task.correct(self.outputs_of(self.val), self.labels[self.val.to(self.device)]).cpu()
+        before = self.right_before[self.val.to(self.device)].cpu()
+        forget = self.forget[self.val]
+        retained = int((~forget).sum())
+        watch = Watch(
+            self.step,
+            _percent(right[forget]),
+            _percent(right[~forget]),
+            _percent(before[~forget]),
+            retained,
+            self._alive(),
+        )
+        self.trained.watches.append(watch)
+        self.progress({"stage": "validate", **watch.to_json()})
+        return watch
+
+    def _report(self, stage: str, losses: Losses, fraction: float | None) -> None:
+        self.progress(
+            {
+                "stage": stage,
+                "step": self.step,
+                "retain_loss": losses.retain.item(),
+                "forget_loss": losses.forget.item(),
+                "active": len(self._alive()),
+                "target": self.control.target,
+                "fraction": fraction,
+            }
+        )
+
+
+def _percent(flags: Tensor) -> float | None:
+    return 100 * flags.float().mean().item() if len(flags) else None
