@@ -1,0 +1,1 @@
+"""What runs where the model runs: preprocessing, runtime and inference without torch, timm or onnx."""
