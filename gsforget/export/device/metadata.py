@@ -1,0 +1,172 @@
+"""What an artifact says about itself: class names, what is forgotten, how to feed it.
+
+An ONNX file carries this as JSON in its own metadata, so that a lone file suffices; the sidecar beside any artifact
+(`model.onnx.json` for `model.onnx`) repeats it under ``model``, next to the artifact's ``sha256``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.preprocess import Preprocess
+
+METADATA_KEY = "gsforget"  # in the metadata_props of an ONNX file
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """What a device must know to use a model.
+
+    Attributes:
+        class_names: in index order; an erased class is already named ``forgotten-<index>``.
+        forgotten: indices of the erased classes, which inference never returns.
+        sequence: number of erasures so far, 0 for an original model.
+        preprocess: how an image becomes the input.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
+        model_id: which chain of erasures the artifact belongs to.
+        input_name, output_name: of the images [N, C, H, W] and the logits [N, K].
+    """
+
+    class_names: list[str]
+    forgotten: tuple[int, ...]
+    sequence: int
+    preprocess: Preprocess
+    precision: str
+    model_id: str
+    input_name: str = "images"
+    output_name: str = "logits"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "class_names": list(self.class_names),
+            "forgotten": list(self.forgotten),
+            "sequence": self.sequence,
+            "preprocess": self.preprocess.to_dict(),
+            "precision": self.precision,
+            "model_id": self.model_id,
+            "input_name": self.input_name,
+            "output_name": self.output_name,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str = "The artifact") -> ArtifactInfo:
+        """Raises RequestError (kind ``bad_metadata``) when fields are absent, of a newer format or contradictory."""
+        try:
+            if int(raw.get("format", FORMAT)) > FORMAT:
+                raise RequestError(
+                    f"{where} has metadata of format {raw['format']}, newer than this gsforget reads ({FORMAT}).",
+                    "Update gsforget: pip install --upgrade gsforget.",
+                    "bad_metadata",
+                )
+            info = cls(
+                class_names=[str(name) for name in raw["class_names"]],
+                forgotten=tuple(sorted(int(i) for i in raw["forgotten"])),
+                sequence=int(raw["sequence"]),
+                preprocess=Preprocess.from_dict(raw["preprocess"]),
+                precision=str(raw["precision"]),
+                model_id=str(raw["model_id"]),
+                input_name=str(raw.get("input_name", "images")),
+                output_name=str(raw.get("output_name", "logits")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"{where} has incomplete metadata ({error!r}).",
+                "Export it again: gsforget export --onnx.",
+                "bad_metadata",
+            ) from error
+        if any(not 0 <= i < len(info.class_names) for i in info.forgotten):
+            raise RequestError(
+                f"{where} names forgotten classes {list(info.forgotten)} but has {len(info.class_names)} classes.",
+                "Export it again: gsforget export --onnx.",
+                "bad_metadata",
+            )
+        return info
+
+
+def sidecar_path(artifact: str | Path) -> Path:
+    """Where the sidecar of an artifact lies: `<file>.json` beside it."""
+    artifact = Path(artifact)
+    return artifact.with_name(artifact.name + ".json")
+
+
+def read_sidecar(artifact: str | Path) -> dict[str, Any] | None:
+    """The sidecar's content, or None where there is none.  Raises SafetyError when it is damaged."""
+    path = sidecar_path(artifact)
+    if not path.is_file():
+        return None
+    try:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _refused(f"{path} is not valid JSON ({error}).", "bad_sidecar") from error
+    if not isinstance(sidecar, dict):
+        raise _refused(f"{path} does not hold a JSON object.", "bad_sidecar")
+    return sidecar
+
+
+def check_hash(artifact: str | Path) -> dict[str, Any] | None:
+    """Compare an artifact with the SHA-256 in its sidecar and return the sidecar (None where there is none).
+
+    Raises SafetyError, kind ``hash_mismatch`` when the bytes are others, ``bad_sidecar`` when no hash is stated.
+    """
+    sidecar = read_sidecar(artifact)
+    if sidecar is None:
+        return None
+    stated = sidecar.get("sha256")
+    if not isinstance(stated, str):
+        raise _refused(f"{sidecar_path(artifact)} states no sha256.", "bad_sidecar")
+    with open(artifact, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != stated.lower():
+        raise _refused(
+            f"{artifact} is not the file that its sidecar describes (SHA-256 {found[:12]}…).", "hash_mismatch"
+        )
+    return sidecar
+
+
+def find_info(artifact: str | Path, embedded: Mapping[str, str], sidecar: Mapping[str, Any] | None) -> ArtifactInfo:
+    """The info of an artifact: from its own metadata, else from its sidecar.
+
+    Args:
+        embedded: the artifact's metadata; empty for a kind of artifact that carries none.
+        sidecar: what ``check_hash`` returned.
+
+    Raises RequestError (kind ``not_ours``) when neither has it.
+    """
+    if METADATA_KEY in embedded:
+        try:
+            raw = json.loads(embedded[METADATA_KEY])
+        except json.JSONDecodeError as error:
+            raise RequestError(
+                f"The metadata of {artifact} is not valid JSON ({error}).",
+                "Export it again: gsforget export --onnx.",
+                "bad_metadata",
+            ) from error
+        return ArtifactInfo.from_json(raw, str(artifact))
+    if sidecar is not None and "model" in sidecar:
+        return ArtifactInfo.from_json(sidecar["model"], str(sidecar_path(artifact)))
+    raise RequestError(
+        f"{artifact} was not exported by gsforget: it carries no metadata and has no sidecar {sidecar_path(artifact).name}.",
+        "Export the model with gsforget export --onnx, or copy the sidecar along with the artifact.",
+        "not_ours",
+    )
+
+
+def read_info(artifact: str | Path) -> ArtifactInfo:
+    """The info of an artifact on disk, its hash checked where it has a sidecar."""
+    from gsforget.export.device.runtime import check_artifact, onnx_metadata
+
+    path = check_artifact(artifact)
+    sidecar = check_hash(path)
+    return find_info(path, onnx_metadata(path) if path.suffix.lower() == ".onnx" else {}, sidecar)
+
+
+def _refused(message: str, kind: str) -> SafetyError:
+    return SafetyError(message, "Copy the artifact and its sidecar again from where they were exported.", kind)

@@ -1,0 +1,179 @@
+"""One object that picks its runtime by the file's suffix: `.onnx` runs in ONNX Runtime.
+
+Engines are refused with a sentence until their inference has been run on the hardware it is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gsforget.errors import RequestError
+from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
+
+ERRORS_ONLY = 3  # ONNX Runtime's severity: it otherwise warns about GPUs it does not find
+SUFFIXES = (".onnx", ".engine")
+
+
+class Predictor(Protocol):
+    """A loaded artifact."""
+
+    info: ArtifactInfo
+
+    def predict(self, batch: np.ndarray) -> np.ndarray:
+        """float32 images [N, C, H, W] to float32 logits [N, K]."""
+        ...
+
+
+def open_model(path: str | Path, device: str = "auto") -> Predictor:
+    """Load an artifact for inference.
+
+    Args:
+        path: an exported `.onnx` file; its hash is checked where it has a sidecar.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+
+    Raises RequestError for a file that is absent, unreadable, not ours or cannot run here, and SafetyError
+    (kind ``hash_mismatch``) for one that its sidecar does not describe.
+    """
+    path = check_artifact(path)
+    if path.suffix.lower() == ".engine":
+        raise _no_engines(path)
+    return OnnxPredictor(path, device)
+
+
+class OnnxPredictor:
+    """An ONNX file in ONNX Runtime."""
+
+    def __init__(self, path: Path, device: str = "auto"):
+        sidecar = check_hash(path)
+        self._session = _session(path, _providers(device))
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise RequestError(
+                "ONNX Runtime could not start its CUDA provider on this machine.",
+                "Install the CUDA and cuDNN libraries that onnxruntime-gpu needs, or use --device cpu.",
+                "no_cuda",
+            )
+        self.info = find_info(path, self._session.get_modelmeta().custom_metadata_map, sidecar)
+        self._dtype = _input_dtype(self._session, self.info, path)
+
+    def predict(self, batch: np.ndarray) -> np.ndarray:
+        """float32 images [N, C, H, W] to float32 logits [N, K].  Raises RequestError for another shape."""
+        wanted = self.info.preprocess.input_size
+        if batch.ndim != 4 or batch.shape[1:] != wanted:
+            raise RequestError(
+                f"The batch has shape {list(batch.shape)}; the model takes [N, {', '.join(map(str, wanted))}].",
+                "Prepare images with the artifact's own preprocessing: predictor.info.preprocess.load(path).",
+                "bad_batch",
+            )
+        feed = {self.info.input_name: np.ascontiguousarray(batch, self._dtype)}
+        (logits,) = self._session.run([self.info.output_name], feed)
+        return np.asarray(logits, np.float32)
+
+
+def check_artifact(path: str | Path) -> Path:
+    """The path, if it is a file of a kind that can be opened; else RequestError."""
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(
+            f"There is no file {path}.",
+            "Name an exported model, such as runs/forget-0001/artifacts/model.onnx.",
+            "no_model",
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise RequestError(
+            f"{path} is not an exported model: its name ends in none of {', '.join(SUFFIXES)}.",
+            "Name a run folder, a model folder or an .onnx file.",
+            "no_model",
+        )
+    return path
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    """The metadata_props of an ONNX file, read without preparing it for speed."""
+    return _session(path, ["CPUExecutionProvider"], optimise=False).get_modelmeta().custom_metadata_map
+
+
+def cuda_devices() -> int:
+    """Number of NVIDIA GPUs, asked from the driver itself; 0 without a driver."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RequestError(
+            f"ONNX Runtime cannot be loaded ({error}).",
+            "pip install onnxruntime (onnxruntime-gpu on a machine with an NVIDIA GPU).",
+            "no_runtime",
+        ) from error
+    onnxruntime.set_default_logger_severity(ERRORS_ONLY)
+    return onnxruntime
+
+
+def _providers(device: str) -> list[Any]:
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"There is no device {device!r}.", "Use --device auto, cpu or cuda.", "bad_device")
+    runtime = _runtime()
+    has_gpu = device != "cpu" and cuda_devices() > 0 and "CUDAExecutionProvider" in runtime.get_available_providers()
+    if device == "cuda" and not has_gpu:
+        why = "this ONNX Runtime is built for the CPU only" if cuda_devices() else "this machine has no NVIDIA GPU"
+        raise RequestError(f"--device cuda cannot be used: {why}.", "Use --device cpu.", "no_cuda")
+    if not has_gpu:
+        return ["CPUExecutionProvider"]
+    runtime.preload_dlls()
+    # TensorFloat-32 would round fp32 inputs to 10 bits, and the outputs would no longer be those that were measured.
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+
+
+def _session(path: Path, providers: list[Any], optimise: bool = True) -> Any:
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if not optimise:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RequestError(
+            f"ONNX Runtime cannot load {path} ({first}).", "Copy the file again, or export it again.", "bad_artifact"
+        ) from error
+
+
+def _input_dtype(session: Any, info: ArtifactInfo, path: Path) -> type[np.floating]:
+    inputs = {i.name: i.type for i in session.get_inputs()}
+    outputs = [o.name for o in session.get_outputs()]
+    dtypes: dict[str | None, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if list(inputs) != [info.input_name] or info.output_name not in outputs or inputs[info.input_name] not in dtypes:
+        raise RequestError(
+            f"{path} takes {inputs} and gives {outputs}, where its metadata says {info.input_name!r} and {info.output_name!r}.",
+            "Export it again: gsforget export --onnx.",
+            "bad_metadata",
+        )
+    return dtypes[inputs[info.input_name]]
+
+
+def _no_engines(path: Path) -> RequestError:
+    if not cuda_devices():
+        return RequestError(
+            f"{path} cannot run: engines run on the device with a GPU; this machine has none.",
+            "Run the .onnx file of the same export here.",
+            "no_gpu",
+        )
+    return RequestError(
+        f"{path} cannot run: this version of gsforget does not run engines by itself.",
+        "Run the .onnx file of the same export, or load the engine with TensorRT's own tools.",
+        "no_engine_runtime",
+    )
