@@ -50,8 +50,9 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Both splits of a data folder; ``test_name`` says whether `test` or `val` was read."""
+    """Both splits of the data folder ``root``; ``test_name`` says whether `test` or `val` was read."""
 
+    root: Path
     class_names: list[str]
     train: Split
     test: Split
@@ -81,7 +82,7 @@ def scan(root: Path, class_names: list[str] | None, optional: Collection[str] = 
     _check_names(names, train)
     for folder in (train, test):
         _check_folders(folder, names, optional, given=class_names is not None)
-    return ImageFolder(names, _list(train, names, optional), _list(test, names, optional), test.name)
+    return ImageFolder(root, names, _list(train, names, optional), _list(test, names, optional), test.name)
 
 
 def _folders(split: Path) -> list[str]:

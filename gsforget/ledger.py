@@ -1,0 +1,261 @@
+"""The ledger: one line per erasure, each holding the SHA-256 of the line before it, so that the chain can be checked.
+
+The last line is held by the hash of the model it names, and by its signature where a key exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gsforget.errors import RequestError, SafetyError
+from gsforget.folder import WEIGHTS, ModelConfig, read_config, sha256
+
+LEDGER = "ledger.jsonl"
+FIRST = "0" * 64  # `previous` of the first line
+FIELDS = ("base", "classes", "delta", "method", "metrics", "model", "request", "time", "verdict")
+HINT = "Restore the run folder from a backup; do not deploy this model."
+
+
+def canonical(value: dict[str, Any]) -> str:
+    """JSON with sorted keys and no spaces: the same value always gives the same bytes (UTF-8)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def line_sha256(line: str) -> str:
+    """SHA-256 of a line's UTF-8 bytes, without the newline."""
+    return hashlib.sha256(line.encode()).hexdigest()
+
+
+def make_entry(
+    classes: dict[int, str],
+    method: str,
+    base: str,
+    model: str,
+    delta: str | None,
+    request: str | None,
+    verdict: str,
+    metrics: dict[str, float | None],
+    time: datetime | None = None,
+) -> dict[str, Any]:
+    """One erasure as plain data, without its place in the chain.
+
+    Args:
+        classes: index to name before the erasure.
+        base, model: SHA-256 of the weights file before and after.
+        delta, request: SHA-256 of `delta.safetensors` and `request.json`.
+        metrics: ``forget_acc_after`` and ``retain_acc_after`` in percent.
+        time: with a time zone; now by default.  Kept in UTC, to the second.
+    """
+    stamp = (time or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "base": base,
+        "classes": [{"index": i, "name": classes[i]} for i in sorted(classes)],
+        "delta": delta,
+        "method": method,
+        "metrics": {k: metrics.get(k) for k in ("forget_acc_after", "retain_acc_after")},
+        "model": model,
+        "request": request,
+        "time": stamp,
+        "verdict": verdict,
+    }
+
+
+def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
+    """The parent's lines and one more; ``sequence`` and ``previous`` are filled in.
+
+    Raises ValueError when the entry lacks a field.
+    """
+    lacking = [f for f in FIELDS if f not in entry]
+    if lacking:
+        raise ValueError(f"the ledger entry lacks {', '.join(lacking)}")
+    previous = line_sha256(parent_lines[-1]) if parent_lines else FIRST
+    return [*parent_lines, canonical({**entry, "sequence": len(parent_lines) + 1, "previous": previous})]
+
+
+def dump(lines: list[str]) -> bytes:
+    """The bytes of `ledger.jsonl`."""
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def read(path: Path) -> list[str]:
+    """The lines of a ledger file; none when the file is absent.  Raises SafetyError ``broken_ledger`` if it is cut."""
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise SafetyError(f"{path} is not UTF-8 text.", HINT, "broken_ledger") from error
+    lines = text.split("\n")
+    if lines.pop():
+        raise SafetyError(f"{path}: line {len(lines) + 1} is cut off.", HINT, "broken_ledger")
+    return lines
+
+
+def parse(lines: list[str], where: Path | str = LEDGER) -> list[dict[str, Any]]:
+    """Entries of a ledger whose chain is whole.
+
+    Raises SafetyError ``broken_ledger`` naming the first line that is malformed, out of sequence, does not hold the
+    hash of the line before it, or does not start from the model that the line before it ended with.
+    """
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        entry = _parse_line(line, f"{where}: line {number}")
+        previous = line_sha256(lines[number - 2]) if number > 1 else FIRST
+        if entry["sequence"] != number:
+            raise SafetyError(f"{where}: line {number} has sequence {entry['sequence']}.", HINT, "broken_ledger")
+        if entry["previous"] != previous:
+            changed = (
+                f"line {number - 1} was changed after line {number} was written"
+                if number > 1
+                else "line 1 is not the first"
+            )
+            raise SafetyError(f"{where}: {changed} (line {number} holds another hash).", HINT, "broken_ledger")
+        if entries and entry["base"] != entries[-1]["model"]:
+            raise SafetyError(
+                f"{where}: line {number} does not start from the model of line {number - 1}.", HINT, "broken_ledger"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        whole = isinstance(entry, dict) and canonical(entry) == line
+        if whole:
+            whole = all(f in entry for f in (*FIELDS, "sequence", "previous"))
+            _ = [(int(c["index"]), str(c["name"])) for c in entry["classes"]]
+            _ = dict(entry["metrics"])
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise SafetyError(f"{where} is malformed.", HINT, "broken_ledger")
+    return entry
+
+
+def forgotten_names(entries: list[dict[str, Any]]) -> dict[int, str]:
+    """Every class erased so far: index to the name it had."""
+    return {int(c["index"]): str(c["name"]) for entry in entries for c in entry["classes"]}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: verdict ``pass``, ``fail`` or ``not checked``."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one run folder."""
+
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.verdict != "fail" for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"checks": [asdict(c) for c in self.checks], "verdict": "pass" if self.passed else "fail"}
+
+
+def inspect(run_folder: Path) -> Report:
+    """Check a run folder against its ledger, and its artifacts against their sidecars; failures are reported, not raised.
+
+    Raises RequestError ``no_model`` or ``no_ledger`` where there is nothing to check.
+    """
+    config = read_config(run_folder)
+    path = run_folder / LEDGER
+    if not path.is_file() and not config.forgotten:
+        raise RequestError(
+            f"{run_folder} has no {LEDGER}: nothing was erased from this model by gsforget.",
+            "Name a run folder such as runs/forget-0001.",
+            "no_ledger",
+        )
+    try:
+        entries = parse(read(path), path)
+        if not entries:
+            raise SafetyError(
+                f"{path} is absent or empty, yet config.json lists erased classes.", HINT, "broken_ledger"
+            )
+    except SafetyError as error:
+        return Report([Check("chain", "fail", error.message), *check_artifacts(run_folder)])
+    chain = Check("chain", "pass", f"{len(entries)} line(s), each holding the hash of the line before it")
+    last = entries[-1]
+    files = (("model", WEIGHTS), ("delta", "delta.safetensors"), ("request", "request.json"))
+    return Report(
+        [
+            chain,
+            *(_check_file(field, run_folder / name, last[field], len(entries)) for field, name in files),
+            _check_forgotten(config, entries),
+            *check_artifacts(run_folder),
+        ]
+    )
+
+
+def verify(run_folder: Path) -> Report:
+    """``inspect``, with the first failure raised as SafetyError ``broken_ledger``."""
+    report = inspect(run_folder)
+    for check in report.checks:
+        if check.verdict == "fail":
+            raise SafetyError(check.detail, HINT, "broken_ledger")
+    return report
+
+
+def parent_lines(folder: Path) -> list[str]:
+    """The lines to continue from a model folder: none for an original model, else the verified ledger's."""
+    if not (folder / LEDGER).is_file() and not read_config(folder).forgotten:
+        return []
+    verify(folder)
+    return read(folder / LEDGER)
+
+
+def _check_file(name: str, path: Path, expected: str | None, line: int) -> Check:
+    if not path.is_file():
+        return Check(name, "not checked", f"{path} is not there (removed by gsforget purge, or never written)")
+    if expected is None:
+        return Check(name, "not checked", f"line {line} names no {name}")
+    if sha256(path) != expected:
+        return Check(name, "fail", f"{path} is not the file that line {line} of {LEDGER} names (its hash differs)")
+    return Check(name, "pass", f"{path.name} is what line {line} names")
+
+
+def _check_forgotten(config: ModelConfig, entries: list[dict[str, Any]]) -> Check:
+    erased = sorted(forgotten_names(entries))
+    if sorted(config.forgotten) != erased:
+        detail = f"config.json lists {sorted(config.forgotten)} as erased, the {len(entries)} line(s) of {LEDGER} say {erased}"
+        return Check("forgotten", "fail", detail)
+    if config.sequence != len(entries):
+        detail = f"config.json has sequence {config.sequence}, {LEDGER} has {len(entries)} line(s)"
+        return Check("forgotten", "fail", detail)
+    return Check("forgotten", "pass", f"{len(erased)} class(es) erased, as in config.json")
+
+
+def check_artifacts(run_folder: Path) -> list[Check]:
+    """Re-hash each file under `artifacts/` and compare it with field ``sha256`` of its sidecar `<file>.json`."""
+    folder = run_folder / "artifacts"
+    files = (
+        sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")) if folder.is_dir() else []
+    )
+    sidecars = {p for p in files if p.suffix == ".json" and p.with_suffix("") in files}
+    return [_check_artifact(p, str(p.relative_to(run_folder))) for p in files if p not in sidecars]
+
+
+def _check_artifact(path: Path, name: str) -> Check:
+    sidecar = path.with_name(f"{path.name}.json")
+    if not sidecar.is_file():
+        return Check(name, "not checked", f"it has no sidecar {sidecar.name}")
+    try:
+        expected = json.loads(sidecar.read_bytes())["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return Check(name, "fail", f"{sidecar} holds no readable sha256")
+    if sha256(path) != expected:
+        return Check(name, "fail", f"{path} is not the file that its sidecar describes (its hash differs)")
+    return Check(name, "pass", "its hash is that of its sidecar")
