@@ -42,7 +42,7 @@ class Split:
         """Number of images of class ``k``."""
         return int((self.labels == k).sum())
 
-    def subset(self, positions: ArrayLike) -> Split:
+    def select(self, positions: ArrayLike) -> Split:
         """The images at ``positions``, in that order."""
         chosen = np.asarray(positions, dtype=np.int64)
         return Split([self.paths[i] for i in chosen], self.labels[chosen])

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.folder import WEIGHTS, ModelConfig, read_config, sha256
+from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256
 
 LEDGER = "ledger.jsonl"
 FIRST = "0" * 64  # `previous` of the first line
-FIELDS = ("base", "classes", "delta", "method", "metrics", "model", "request", "time", "verdict")
+FIELDS = ("base", "classes", "config", "delta", "method", "metrics", "model", "request", "time", "verdict")
 HINT = "Restore the run folder from a backup; do not deploy this model."
 
 
@@ -31,58 +31,35 @@ def line_sha256(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
-def make_entry(
-    classes: dict[int, str],
-    method: str,
-    base: str,
-    model: str,
-    delta: str | None,
-    request: str | None,
-    verdict: str,
-    metrics: dict[str, float | None],
-    time: datetime | None = None,
-) -> dict[str, Any]:
-    """One erasure as plain data, without its place in the chain.
+def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
+    """The parent's lines and one more; ``sequence``, ``previous`` and ``time`` (UTC, to the second) are filled in.
 
     Args:
-        classes: index to name before the erasure.
-        base, model: SHA-256 of the weights file before and after.
-        delta, request: SHA-256 of `delta.safetensors` and `request.json`.
-        metrics: ``forget_acc_after`` and ``retain_acc_after`` in percent.
-        time: with a time zone; now by default.  Kept in UTC, to the second.
+        parent_lines: the ledger of the model that the erasure started from; empty for an original model.
+        entry: plain data, without the line's place in the chain: ``classes`` (a list of ``{"index", "name"}``, names
+            from before the erasure), ``method``, ``base`` and ``model`` (SHA-256 of the weights before and after),
+            ``delta``, ``request`` and ``config`` (SHA-256 of these files), ``verdict``, and ``metrics`` (percent).
+
+    Raises:
+        ValueError: the entry lacks a field.
+        SafetyError: ``broken_ledger``: the parent's chain is broken, or its length does not fit the entry's sequence.
     """
-    stamp = (time or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        "base": base,
-        "classes": [{"index": i, "name": classes[i]} for i in sorted(classes)],
-        "delta": delta,
-        "method": method,
-        "metrics": {k: metrics.get(k) for k in ("forget_acc_after", "retain_acc_after")},
-        "model": model,
-        "request": request,
-        "time": stamp,
-        "verdict": verdict,
-    }
-
-
-def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
-    """The parent's lines and one more; ``sequence`` and ``previous`` are filled in.
-
-    Raises ValueError when the entry lacks a field.
-    """
-    lacking = [f for f in FIELDS if f not in entry]
+    number = len(parent_lines) + 1
+    if entry.get("sequence", number) != number:
+        message = f"The model was erased {entry['sequence'] - 1} time(s), its {LEDGER} has {number - 1} line(s)."
+        raise SafetyError(message, HINT, "broken_ledger")
+    previous = line_sha256(parent_lines[-1]) if parent_lines else FIRST
+    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    filled = {"time": time, **entry, "sequence": number, "previous": previous}
+    lacking = [f for f in FIELDS if f not in filled]
     if lacking:
         raise ValueError(f"the ledger entry lacks {', '.join(lacking)}")
-    previous = line_sha256(parent_lines[-1]) if parent_lines else FIRST
-    return [*parent_lines, canonical({**entry, "sequence": len(parent_lines) + 1, "previous": previous})]
+    lines = [*parent_lines, canonical(filled)]
+    parse(lines)
+    return lines
 
 
-def dump(lines: list[str]) -> bytes:
-    """The bytes of `ledger.jsonl`."""
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def read(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a ledger file; none when the file is absent.  Raises SafetyError ``broken_ledger`` if it is cut."""
     if not path.is_file():
         return []
@@ -180,7 +157,7 @@ def inspect(run_folder: Path) -> Report:
             "no_ledger",
         )
     try:
-        entries = parse(read(path), path)
+        entries = parse(read_lines(path), path)
         if not entries:
             raise SafetyError(
                 f"{path} is absent or empty, yet config.json lists erased classes.", HINT, "broken_ledger"
@@ -189,7 +166,7 @@ def inspect(run_folder: Path) -> Report:
         return Report([Check("chain", "fail", error.message), *check_artifacts(run_folder)])
     chain = Check("chain", "pass", f"{len(entries)} line(s), each holding the hash of the line before it")
     last = entries[-1]
-    files = (("model", WEIGHTS), ("delta", "delta.safetensors"), ("request", "request.json"))
+    files = (("model", WEIGHTS), ("config", CONFIG), ("delta", "delta.safetensors"), ("request", "request.json"))
     return Report(
         [
             chain,
@@ -214,7 +191,7 @@ def parent_lines(folder: Path) -> list[str]:
     if not (folder / LEDGER).is_file() and not read_config(folder).forgotten:
         return []
     verify(folder)
-    return read(folder / LEDGER)
+    return read_lines(folder / LEDGER)
 
 
 def _check_file(name: str, path: Path, expected: str | None, line: int) -> Check:
