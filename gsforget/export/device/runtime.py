@@ -124,7 +124,7 @@ def _runtime() -> Any:
 
 def _providers(device: str) -> list[Any]:
     if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"There is no device {device!r}.", "Use --device auto, cpu or cuda.", "bad_device")
+        raise RequestError(f"There is no device {device!r}.", "Use --device auto, cpu or cuda.", "unknown_device")
     runtime = _runtime()
     has_gpu = device != "cpu" and cuda_devices() > 0 and "CUDAExecutionProvider" in runtime.get_available_providers()
     if device == "cuda" and not has_gpu:

@@ -1,0 +1,73 @@
+"""`gsforget infer`: what a model sees in images; for an .onnx file without torch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gsforget.cli.options import Device, DeviceOption, JsonOption, TrustCodeOption
+from gsforget.cli.output import emit_json, next_command, say, table
+
+if TYPE_CHECKING:
+    from gsforget.export.device.infer import Predicts
+    from gsforget.export.device.preprocess import Preprocess
+
+
+def infer(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a model folder or an .onnx file.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 5,
+    device: DeviceOption = Device.auto,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
+    trust_code: TrustCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify images; a forgotten class is never returned."""
+    from gsforget.export.device.infer import classify, find_images
+
+    paths = find_images(images)
+    predictor, preprocess, forgotten, names = load(model, device, trust_code)
+    found = classify(
+        predictor,
+        preprocess,
+        forgotten,
+        names,
+        paths,
+        top,
+        skip_corrupt=skip_corrupt,
+        on_skip=lambda error: say(f"Left out: {error.message}"),
+    )
+    if as_json:
+        emit_json(found)
+    else:
+        table(("Image", "Class", "Score", "Then"), map(_row, found["images"]), numbers=("Score",))
+    if model.is_dir():
+        next_command(f"gsforget export {shlex.quote(str(model))} --onnx")
+    else:
+        again = shlex.join(["gsforget", "infer", str(model), *map(str, images)])
+        next_command(f"{again} --json > predictions.json")
+
+
+def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preprocess, tuple[int, ...], list[str]]:
+    """The predictor of a model folder (torch) or an artifact (its runtime), with what is needed to use it."""
+    if not model.is_dir():
+        from gsforget.export.device.runtime import open_model
+
+        artifact = open_model(model, device)
+        return artifact, artifact.info.preprocess, artifact.info.forgotten, artifact.info.class_names
+    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.folder import load_model
+    from gsforget.forgetting import pick_device
+    from gsforget.predict import TorchPredictor
+
+    network, config = load_model(model, trust_code)
+    predictor = TorchPredictor(network, pick_device(device))
+    return predictor, Preprocess.from_dict(config.to_json()), config.forgotten, config.class_names
+
+
+def _row(image: dict[str, Any]) -> tuple[str, str, str, str]:
+    first, *others = [(t["class"], f"{100 * t['score']:.1f} %") for t in image["top"]] or [("-", "")]
+    return image["path"], *first, ", ".join(" ".join(other) for other in others)
