@@ -49,6 +49,7 @@ class Settings:
         epochs: passes over the retained images in the settling stage; None: by validation.
         prox: strength of the group penalty, in nats per unit of weighted norm; None: from the data, then steered.
         target_groups: groups that may stay active; None: a third.
+        bnd: bound of the ascent on forgotten images, in nats; None: from the number of classes.
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
         cache_bytes: memory for reused outputs; 0 for none.
@@ -60,6 +61,7 @@ class Settings:
     epochs: float | None = None
     prox: float | None = None
     target_groups: int | None = None
+    bnd: float | None = None
     seed: int = 0
     max_forget_acc: float = 1.0
     max_retain_drop: float = 0.5

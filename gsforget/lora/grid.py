@@ -43,6 +43,11 @@ class GridFactors:
         scaled = self.b.to(torch.float64) * torch.exp2((exponents - low).to(torch.float64))
         return (scaled @ self.a.to(torch.float64)) * 2.0**low
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors as float32 `a` [rank, in] and `b` [out, rank]; exact, int16 times a power of two."""
+        a = self.a.float() * torch.exp2(self.ea.float())[:, None]
+        return a, self.b.float() * torch.exp2(self.eb.float())
+
     def tensors(self, parameter: str) -> dict[str, Tensor]:
         return {f"{parameter}::{k}": getattr(self, k).contiguous() for k in ("a", "b", "ea", "eb")}
 

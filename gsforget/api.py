@@ -1,0 +1,121 @@
+"""The functions that `import gsforget` offers: they connect the rooms, as the command line does.
+
+result = gsforget.forget("models/pets", data="data/pets", classes=["abyssinian"])
+gsforget.export_model(result.folder, onnx=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gsforget.forgetting import Outcome, Thresholds
+    from gsforget.source import Source
+    from gsforget.training import Event, Settings
+
+
+def forget(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    classes: Sequence[str],
+    *,
+    checkpoint: str | Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    architecture: str | None = None,
+    settings: Settings | None = None,
+    thresholds: Thresholds | None = None,
+    shots: int | None = None,
+    device: str = "auto",
+    skip_corrupt: bool = False,
+    trust_code: bool = False,
+    runs: str | Path | None = "runs",
+    out: str | Path | None = None,
+    progress: Callable[[Event], None] | None = None,
+) -> Outcome:
+    """Make a model forget classes and publish a run folder.
+
+    Args:
+        model: a model or run folder, a timm name, or any module that maps images [B, C, H, W] to logits [B, K].
+        data: image folder with `train/<class>/*` and `test/<class>/*` (or `val`).
+        classes: names, or 0-based indices as text.
+        class_names: names in index order; default: the model folder's, else the sorted folders of the data.
+        preprocessing: for a module: `input_size` (C, H, W), `mean`, `std`, and optionally `interpolation`, `crop_pct`,
+            `crop_mode`; for timm names: overrides `img_size`, `mean`, `std`, `crop_pct`, `interpolation`.
+        architecture: for a module: the import path `package.module:factory` that builds it again, written to
+            `config.json`; without it the run folder can be read back only with your own code.
+        runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
+
+    Returns:
+        Outcome with the JSON document, the metrics, the run folder and the merged state dict.  A module that was
+        passed in carries the erased weights afterwards.
+
+    Raises:
+        RequestError, SafetyError: see `gsforget.errors`.
+    """
+    from gsforget import forgetting
+    from gsforget.data import scan
+    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.source import load_source
+    from gsforget.training import Settings
+
+    root = Path(data)
+    names = list(class_names) if class_names is not None else None
+    if isinstance(model, (str, Path)):
+        folders = None if names or Path(model).is_dir() else scan(root, None).class_names
+        source = load_source(
+            str(model),
+            folders,
+            checkpoint=Path(checkpoint) if checkpoint else None,
+            model_kwargs=model_kwargs,
+            class_names=names,
+            preprocessing=preprocessing,
+            trust_code=trust_code,
+        )
+    else:
+        source = source_of_module(model, names or scan(root, None).class_names, preprocessing or {}, architecture)
+    folder = scan(root, source.names, optional=list(source.erased.values()))
+    chosen = settings or Settings()
+    request = forgetting.Request(
+        list(classes),
+        forgetting.with_budget(chosen, forgetting.pick_device(device)),
+        thresholds or forgetting.Thresholds(),
+        shots,
+        device,
+        skip_corrupt,
+    )
+    load = Preprocess.from_dict(source.config.to_json()).load
+    return forgetting.forget(
+        source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
+    )
+
+
+def source_of_module(
+    model: nn.Module, class_names: Sequence[str], preprocessing: dict[str, Any], architecture: str | None = None
+) -> Source:
+    """A source from a module in memory.  Raises RequestError where the preprocessing is not said."""
+    from gsforget.errors import RequestError
+    from gsforget.folder import ModelConfig
+    from gsforget.source import Source
+
+    missing = [k for k in ("input_size", "mean", "std") if k not in preprocessing]
+    if missing:
+        raise RequestError(
+            f"The preprocessing of the module lacks {', '.join(missing)}.",
+            "Pass preprocessing={'input_size': (3, 224, 224), 'mean': (0.5,), 'std': (0.5,)}.",
+            "no_preprocessing",
+        )
+    channels = preprocessing["input_size"][0]
+    fields = {k: tuple(v) * (channels if len(v) == 1 else 1) for k, v in preprocessing.items() if k in ("mean", "std")}
+    config = ModelConfig(
+        architecture=architecture or f"{type(model).__module__}:{type(model).__qualname__}",
+        model_kwargs={},
+        class_names=list(class_names),
+        **{**preprocessing, **fields},
+    )
+    return Source(model, config, list(class_names))

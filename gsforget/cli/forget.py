@@ -1,0 +1,140 @@
+"""`gsforget forget`: erase classes from a model and publish a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gsforget.cli.options import parse_floats, parse_kwargs, parse_list
+from gsforget.cli.output import emit_json, next_command, say, table
+
+Opt = typer.Option
+
+
+def forget(
+    model: Annotated[str, Opt(help="Model folder, run folder, or timm model name.")],
+    data: Annotated[Path, Opt(help="Image folder: train/<class>/* and test/<class>/* (or val).")],
+    classes: Annotated[str, Opt(help="Classes to forget: names or 0-based indices, comma-separated.")] = "",
+    classes_file: Annotated[Path | None, Opt(help="File with one class to forget per line.")] = None,
+    checkpoint: Annotated[
+        Path | None, Opt(help="Weights for a timm name: safetensors or a torch file of tensors.")
+    ] = None,
+    model_kwargs: Annotated[str, Opt(help="For timm, e.g. img_size=28,patch_size=7.")] = "",
+    class_names: Annotated[Path | None, Opt(help="File with all class names in the model's index order.")] = None,
+    img_size: Annotated[int | None, Opt(help="Input size in pixels.")] = None,
+    mean: Annotated[str | None, Opt(help="Per channel, e.g. 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, Opt(help="Per channel.")] = None,
+    crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
+    interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
+    method: Annotated[str, Opt(help="gs-lora.")] = "gs-lora",
+    shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
+    rank: Annotated[int, Opt(min=1, help="Rank of the LoRA pairs.")] = 8,
+    epochs: Annotated[float | None, Opt(help="Epochs after selection; default: by validation.")] = None,
+    lr: Annotated[float, Opt(help="Step size of Adam.")] = 5e-3,
+    batch_size: Annotated[int, Opt(min=1, help="Retained images per step.")] = 64,
+    bnd: Annotated[float | None, Opt(help="Bound of the ascent in nats; default: ln(classes) + 1.")] = None,
+    prox: Annotated[float | None, Opt(help="Strength of the group penalty; default: from the data.")] = None,
+    target_groups: Annotated[int | None, Opt(min=1, help="Blocks that may change; default: a third.")] = None,
+    device: Annotated[str, Opt(help="auto, cpu or cuda.")] = "auto",
+    max_forget_acc: Annotated[float, Opt(help="Gate, percent.")] = 1.0,
+    max_retain_drop: Annotated[float, Opt(help="Gate, points.")] = 1.0,
+    max_class_drop: Annotated[float, Opt(help="Gate, points.")] = 10.0,
+    seed: Annotated[int, Opt(help="Same seed, same machine: same weights.")] = 0,
+    skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
+    trust_code: Annotated[bool, Opt("--trust-code", help="Allow a model folder to import your own code.")] = False,
+    out: Annotated[Path | None, Opt(help="Run folder; default: the next number under runs/.")] = None,
+    json: Annotated[bool, Opt("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Make a trained model forget classes, keep the rest, and publish the merged model with its evidence."""
+    from gsforget.api import forget as run
+    from gsforget.classes import read_names
+    from gsforget.cli.progress import ForgetProgress
+    from gsforget.errors import RequestError
+    from gsforget.forgetting import Thresholds
+    from gsforget.records import METHOD
+    from gsforget.training import Settings
+
+    if method != METHOD:
+        raise RequestError(f"There is no method {method!r}.", f"Type --method {METHOD}.", "unknown_method")
+    wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
+    settings = Settings(
+        rank, lr, batch_size, epochs, prox, target_groups, bnd, seed, max_forget_acc, max_retain_drop / 2
+    )
+    with ForgetProgress() as progress:
+        outcome = run(
+            model,
+            data,
+            wanted,
+            checkpoint=checkpoint,
+            model_kwargs=parse_kwargs(model_kwargs),
+            class_names=read_names(class_names) if class_names else None,
+            preprocessing={
+                "img_size": img_size,
+                "mean": parse_floats(mean) if mean else None,
+                "std": parse_floats(std) if std else None,
+                "crop_pct": crop_pct,
+                "interpolation": interpolation,
+            },
+            settings=settings,
+            thresholds=Thresholds(max_forget_acc, max_retain_drop, max_class_drop),
+            shots=shots,
+            device=device,
+            skip_corrupt=skip_corrupt,
+            trust_code=trust_code,
+            out=out,
+            progress=progress,
+        )
+    show(outcome)
+    if json:
+        emit_json(outcome.document)
+    if not outcome.passed:
+        raise typer.Exit(3)
+    next_command(f"gsforget export {shlex.quote(str(outcome.folder))} --onnx")
+
+
+def show(outcome: Any) -> None:
+    """The before-and-after table, what was chosen, and the verdict, for people."""
+    document, metrics = outcome.document, outcome.metrics
+    rows = []
+    for entry in metrics["classes"]:
+        before, after = entry["before"], entry["after"]
+        if before["acc"] is not None:
+            interval = f"{after['low']:.1f} to {after['high']:.1f}"
+            rows.append(
+                (
+                    entry["name"],
+                    entry["role"],
+                    f"{before['acc']:.1f}",
+                    f"{after['acc']:.1f}",
+                    interval,
+                    str(after["count"]),
+                )
+            )
+    s = metrics["summary"]
+    rows.append(("all forgotten", "", f"{s['forget_acc_before']:.1f}", f"{s['forget_acc_after']:.1f}", "", ""))
+    rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
+    if s["old_acc_after"] is not None:
+        rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
+    table(("class", "role", "before %", "after %", "95 % interval", "images"), rows, "Accuracy on the test images")
+    changed = [g["name"] for g in metrics["groups"] if g["active"]]
+    tensors = metrics["tensors"]
+    say(
+        f"Blocks changed: {len(changed)} of {len(metrics['groups'])} ({', '.join(changed) or 'none'}); "
+        f"{tensors['identical']} of {tensors['total']} tensors bit-identical."
+    )
+    say(
+        f"H-mean {s['h_mean']:.1f} · training {document['seconds']['train']:.1f} s, in all {document['seconds']['total']:.1f} s"
+        f" · merged against LoRA: largest logit difference {metrics['merge']['max_logit_difference']:.1e}"
+    )
+    for gate in metrics["gates"]:
+        if not gate["passed"]:
+            say(f"Gate breached: {gate['name']} is {gate['value']:.2f}, at most {gate['threshold']:g} is allowed.")
+    if outcome.passed:
+        say(f"Passed. The model without these classes is in {outcome.folder}.")
+    else:
+        say(f"Failed: no model was published; the reports are in {outcome.folder}.")
+    for note in document["not_tested"]:
+        say(f"Not tested: {note}.")

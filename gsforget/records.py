@@ -1,0 +1,249 @@
+"""What a run writes down: the JSON document of `forget`, metrics.json, request.json, the delta and the ledger line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsforget import __version__
+from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, save_model, sha256, write_file
+from gsforget.metrics import accuracy, h_mean, of_classes, per_class
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from gsforget.forgetting import Request
+    from gsforget.gates import Gate
+    from gsforget.lora.grid import GridFactors
+    from gsforget.source import Source
+    from gsforget.training import Trained
+
+METHOD = "gs-lora"
+NOT_TESTED = (
+    "features: forgetting is shown for the model's answers only; linear_probe, linear_probe_excess, prototype_attack and "
+    "mia_auc are null because this version has no audit",
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was asked, chosen and measured in one erasure, complete before anything is written.
+
+    Attributes:
+        config: of the erased model.
+        forget, retain, old: class indices of this request, never forgotten, and of earlier requests.
+        labels, said_before, said_after: int64 [N] of the test images.
+        group_names, active: of the LoRA groups, and which of them changed the model.
+        original, state: state dicts before and after.
+        delta: grid factors by parameter name.
+        merge_difference: largest absolute difference of logits between the LoRA model and the merged one.
+    """
+
+    source: Source
+    request: Request
+    config: ModelConfig
+    forget: Sequence[int]
+    retain: Sequence[int]
+    old: Sequence[int]
+    labels: np.ndarray
+    said_before: np.ndarray
+    said_after: np.ndarray
+    gates: list[Gate]
+    trained: Trained
+    group_names: list[str]
+    active: list[int]
+    original: dict[str, Tensor]
+    state: dict[str, Tensor]
+    delta: dict[str, GridFactors]
+    merge_difference: float
+    bound: float
+    device: str
+    data_root: Path
+    manifests: dict[str, str]
+    dropped_images: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that differ from the model before the run."""
+        import torch
+
+        return [name for name, tensor in self.state.items() if not torch.equal(tensor, self.original[name])]
+
+    def summary(self) -> dict[str, float | None]:
+        """The `metrics` of the design's JSON, percent."""
+        before, after = self.said_before == self.labels, self.said_after == self.labels
+        forget, retain, old = (of_classes(self.labels, c) for c in (self.forget, self.retain, self.old))
+        forget_before, forget_after = (accuracy(right, forget).percent or 0.0 for right in (before, after))
+        retain_before, retain_after = (accuracy(right, retain).percent or 0.0 for right in (before, after))
+        return {
+            "forget_acc_before": forget_before,
+            "forget_acc_after": forget_after,
+            "retain_acc_before": retain_before,
+            "retain_acc_after": retain_after,
+            "old_acc_after": accuracy(after, old).percent,
+            "h_mean": h_mean(forget_before - forget_after, retain_after),
+        }
+
+
+def document(e: Evidence, seconds: float) -> dict[str, Any]:
+    """The JSON of `forget`; artifacts and hashes are added when the run folder stands."""
+    summary = e.summary()
+    not_tested = list(NOT_TESTED)
+    if e.old and summary["old_acc_after"] is None:
+        not_tested.append("old_acc_after: the test folder holds no images of the classes erased before")
+    return {
+        "sequence": e.config.sequence,
+        "classes": [e.source.names[i] for i in e.forget],
+        "method": METHOD,
+        "seed": e.request.settings.seed,
+        "device": e.device,
+        "verdict": "pass" if e.passed else "fail",
+        "metrics": summary,
+        "groups": {"total": len(e.group_names), "active": e.active},
+        "changed_tensors": e.changed,
+        "seconds": {"total": round(seconds, 2), "train": round(e.trained.seconds, 2)},
+        "audit": {"linear_probe": None, "linear_probe_excess": None, "prototype_attack": None, "mia_auc": None},
+        "not_tested": not_tested,
+        "gates": [gate.to_json() for gate in e.gates],
+        "artifacts": {},
+        "sha256": {},
+    }
+
+
+def metrics(e: Evidence) -> dict[str, Any]:
+    """metrics.json: per class with counts and 95 % Wilson intervals, gates, groups, tensors, the course of the training."""
+    names, count = e.source.names, len(e.source.names)
+    before, after = (per_class(said == e.labels, e.labels, count) for said in (e.said_before, e.said_after))
+    role = {**dict.fromkeys(e.retain, "retain"), **dict.fromkeys(e.forget, "forget"), **dict.fromkeys(e.old, "old")}
+    last = e.trained.norms[-1]
+    hashes = {name: tensor_sha256(tensor) for name, tensor in e.state.items()}
+    same = [name for name, tensor in e.original.items() if tensor_sha256(tensor) == hashes[name]]
+    return {
+        "summary": e.summary(),
+        "gates": [gate.to_json() for gate in e.gates],
+        "classes": [
+            {"index": i, "name": names[i], "role": role[i], "before": before[i].to_json(), "after": after[i].to_json()}
+            for i in range(count)
+        ],
+        "groups": [{"name": n, "active": g in e.active, "norm": last[g]} for g, n in enumerate(e.group_names)],
+        "merge": {"max_logit_difference": e.merge_difference, "images": len(e.labels)},
+        "tensors": {"changed": e.changed, "identical": len(same), "total": len(hashes), "sha256": hashes},
+        "validation": [watch.to_json() for watch in e.trained.watches],
+        "dropped_images": e.dropped_images,
+        "norms_every_5_steps": e.trained.norms[::5],
+    }
+
+
+def request_record(e: Evidence) -> dict[str, Any]:
+    """request.json: what was asked, what was chosen, and where the run started."""
+    import timm
+    import torch
+
+    folder = e.source.folder
+    erased = {**{str(k): v for k, v in e.source.erased.items()}, **{str(i): e.source.names[i] for i in e.forget}}
+    return {
+        "gsforget": __version__,
+        "method": METHOD,
+        "classes": [e.source.names[i] for i in e.forget],
+        "indices": list(e.forget),
+        "sequence": e.config.sequence,
+        "names": e.source.names,
+        "erased": erased,
+        "parent": str(folder.resolve()) if folder else None,
+        "parent_sha256": base_sha256(e),
+        "data": str(e.data_root.resolve()),
+        "data_sha256": e.manifests,
+        "settings": asdict(e.request.settings),
+        "thresholds": asdict(e.request.thresholds),
+        "shots": e.request.shots,
+        "chosen": {**e.trained.chosen, "bnd": e.bound},
+        "device": e.device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def write_run(folder: Path, e: Evidence) -> None:
+    """Fill a run folder; of a failed run only the reports, no model."""
+    if e.passed:
+        save_model(e.state, e.config, folder)
+        _write_delta(folder / "delta.safetensors", e)
+    write_file(folder / "request.json", _json(request_record(e)))
+    write_file(folder / "metrics.json", _json(metrics(e)))
+    (folder / "audit").mkdir()
+    _plot(folder / "audit" / "groups.png", e)
+    if e.passed:
+        (folder / "artifacts").mkdir()
+        _write_ledger(folder, e)
+
+
+def _write_delta(path: Path, e: Evidence) -> None:
+    from safetensors.torch import save
+
+    tensors = {key: value for name, factors in e.delta.items() for key, value in factors.tensors(name).items()}
+    write_file(path, save(tensors, {"format": "gsforget-delta-1"}))
+
+
+def _write_ledger(folder: Path, e: Evidence) -> None:
+    from gsforget import ledger
+
+    lines = ledger.parent_lines(e.source.folder) if e.source.folder else []
+    summary = e.summary()
+    entry = {
+        "sequence": e.config.sequence,
+        "classes": [{"index": i, "name": e.source.names[i]} for i in e.forget],
+        "method": METHOD,
+        "base": base_sha256(e),
+        "model": sha256(folder / WEIGHTS),
+        "config": sha256(folder / CONFIG),
+        "delta": sha256(folder / "delta.safetensors"),
+        "request": sha256(folder / "request.json"),
+        "verdict": "pass",
+        "metrics": {k: summary[k] for k in ("forget_acc_after", "retain_acc_after", "old_acc_after")},
+    }
+    write_file(folder / "ledger.jsonl", "".join(f"{line}\n" for line in ledger.append(lines, entry)))
+
+
+def _plot(path: Path, e: Evidence) -> None:
+    from gsforget.plots import plot_run
+
+    forgotten = of_classes(e.labels, e.forget)
+    plot_run(
+        path,
+        e.trained.norms,
+        [name.removesuffix(".mlp") for name in e.group_names],
+        e.active,
+        e.said_before[forgotten],
+        e.said_after[forgotten],
+        e.source.names,
+        e.forget,
+    )
+
+
+def base_sha256(e: Evidence) -> str:
+    """SHA-256 of the weights that the run started from: of the file, else of names and tensors."""
+    if e.source.folder:
+        return sha256(e.source.folder / WEIGHTS)
+    listed = "".join(f"{name}:{tensor_sha256(e.original[name])}\n" for name in sorted(e.original))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    import torch
+
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,160 @@
+"""Where a request starts: a model folder, a run folder, a timm name with weights, or a module in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsforget.errors import RequestError
+from gsforget.folder import ModelConfig, load_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Source:
+    """A model ready to be erased from.
+
+    Attributes:
+        model: in eval mode; on the CPU.
+        config: how to build and feed it; names of erased classes are already replaced.
+        names: class names of the data folder in index order, erased ones included.
+        erased: original names of classes that earlier requests erased, by index.
+        folder: the model or run folder it came from; None for a timm name or a module.
+        sequence: erasures behind this model.
+    """
+
+    model: nn.Module
+    config: ModelConfig
+    names: list[str]
+    erased: dict[int, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def sequence(self) -> int:
+        return self.config.sequence
+
+
+def load_source(
+    model: str,
+    data_classes: list[str] | None = None,
+    *,
+    checkpoint: Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    trust_code: bool = False,
+) -> Source:
+    """Load what `--model` and its companions name.
+
+    Args:
+        model: a model or run folder, else a timm model name.
+        data_classes: sorted class folders of the data; the index order where neither config nor `class_names` gives one.
+        checkpoint: weights for a timm name; without it the hub's own weights are loaded.
+        preprocessing: img_size, mean, std, crop_pct, interpolation given by the user; None entries are ignored.
+
+    Raises:
+        RequestError: unknown model, weights that do not fit, wrong number of classes.
+        SafetyError: a pickle with code, or code of the user's without trust_code.
+    """
+    given = {k: v for k, v in (preprocessing or {}).items() if v is not None}
+    path = Path(model)
+    if path.is_dir():
+        if checkpoint or model_kwargs:
+            raise RequestError(
+                f"--model {model} is a folder with its own weights and configuration; --checkpoint and --model-kwargs do not apply.",
+                "Leave them out, or give --model a timm name.",
+                "two_sources",
+            )
+        return _from_folder(path, class_names, given, trust_code)
+    if "/" in model and "hub:" not in model:
+        raise RequestError(
+            f"There is no folder {model}.", "Give --model a model folder or a timm model name.", "no_model"
+        )
+    names = class_names or data_classes
+    if not names:
+        raise RequestError(
+            "The class names are not known.", "Give --class-names FILE, one name per line.", "no_class_names"
+        )
+    return _from_timm(model, names, checkpoint, dict(model_kwargs or {}), given)
+
+
+def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any], trust_code: bool) -> Source:
+    model, config = load_model(path, trust_code)
+    if given:
+        config = _override(config, given)
+    request = path / "request.json"
+    history = json.loads(request.read_text()) if request.is_file() else {}
+    names = class_names or history.get("names") or config.class_names
+    if len(names) != config.num_classes:
+        raise RequestError(
+            f"{len(names)} class names were given, the model in {path} has {config.num_classes}.",
+            "Give one name per class, in the model's index order.",
+            "class_count",
+        )
+    erased = {int(k): v for k, v in history.get("erased", {}).items()} or {i: names[i] for i in config.forgotten}
+    return Source(model, config, names, erased, path)
+
+
+def _override(config: ModelConfig, given: dict[str, Any]) -> ModelConfig:
+    fields = {k: v for k, v in given.items() if k in ("crop_pct", "interpolation")}
+    channels = config.input_size[0]
+    for key in ("mean", "std"):
+        if key in given:
+            fields[key] = tuple(given[key]) * (channels if len(given[key]) == 1 else 1)
+    if "img_size" in given:
+        raise RequestError(
+            f"The size of the input is fixed by the model folder ({config.input_size[1]} x {config.input_size[2]}).",
+            "Leave out --img-size.",
+            "fixed_size",
+        )
+    return replace(config, **fields)
+
+
+def _from_timm(
+    name: str, names: list[str], checkpoint: Path | None, model_kwargs: dict[str, Any], given: dict[str, Any]
+) -> Source:
+    from gsforget.checkpoint import apply_weights, read_weights
+    from gsforget.models import create_timm, preprocessing_of
+
+    if "img_size" in given:
+        model_kwargs.setdefault("img_size", given["img_size"])
+    if checkpoint is None:
+        model = create_timm(name, None, model_kwargs, pretrained=True)
+        rows = model.num_classes
+        if rows != len(names):
+            raise RequestError(
+                f"The hub's {name} has {rows} classes, the data has {len(names)}.",
+                "Give your own weights with --checkpoint FILE, or all names in index order with --class-names FILE.",
+                "class_count",
+            )
+    else:
+        state = read_weights(checkpoint)
+        model = create_timm(name, len(names), model_kwargs)
+        _check_head(model, state, len(names), checkpoint)
+        apply_weights(model, state, checkpoint)
+    config = ModelConfig(
+        architecture=name,
+        model_kwargs=model_kwargs,
+        class_names=list(names),
+        **preprocessing_of(model, model_kwargs, given),
+    )
+    return Source(model, config, list(names))
+
+
+def _check_head(model: nn.Module, state: dict[str, Any], classes: int, checkpoint: Path) -> None:
+    """Say plainly when only the number of classes differs."""
+    from torch import nn
+
+    own = model.state_dict()
+    heads = [f"{n}.bias" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is model.get_classifier()]
+    for head in heads:
+        if head in state and state[head].shape != own[head].shape:
+            raise RequestError(
+                f"{checkpoint} has {state[head].shape[0]} classes, the data has {classes}.",
+                "Give all class names in the model's index order with --class-names FILE, one per line.",
+                "class_count",
+            )
