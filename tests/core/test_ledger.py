@@ -1,0 +1,212 @@
+"""The ledger: any line changed, lost, added or swapped is found, and so is a model that is not the one it names."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gsforget import ledger
+from gsforget.errors import RequestError, SafetyError
+from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, sha256, write_file
+
+CONFIG_0 = ModelConfig("vit_tiny", {}, ["cat", "dog", "cow", "ant"], (3, 8, 8), (0.5,), (0.5,))
+
+
+def entry(index: int, **changes) -> dict:
+    fields = {
+        "classes": [{"index": index, "name": CONFIG_0.class_names[index]}],
+        "method": "gs-lora",
+        "base": f"model {index}",
+        "model": f"model {index + 1}",
+        "delta": "d",
+        "request": "r",
+        "config": "c",
+        "verdict": "pass",
+        "metrics": {"forget_acc_after": 0.0, "retain_acc_after": 91.5},
+    }
+    return {**fields, **changes}
+
+
+def chain(count: int) -> list[str]:
+    lines: list[str] = []
+    for i in range(count):
+        lines = ledger.append(lines, entry(i))
+    return lines
+
+
+def write_run(folder: Path, parent: Path | None, index: int) -> Path:
+    """A run folder as `forget` writes it, with weights that are only bytes."""
+    folder.mkdir()
+    config = (ledger.read_config(parent) if parent else CONFIG_0).erase([index])
+    (folder / WEIGHTS).write_bytes(f"weights {index}".encode())
+    (folder / CONFIG).write_text(json.dumps(config.to_json()))
+    (folder / "delta.safetensors").write_bytes(b"delta")
+    (folder / "request.json").write_text("{}")
+    hashes = {
+        k: sha256(folder / n) for k, n in (("model", WEIGHTS), ("config", CONFIG), ("delta", "delta.safetensors"))
+    }
+    base = sha256(parent / WEIGHTS) if parent else "original"
+    new = entry(index, sequence=config.sequence, base=base, request=sha256(folder / "request.json"), **hashes)
+    lines = ledger.append(ledger.parent_lines(parent) if parent else [], new)
+    write_file(folder / "ledger.jsonl", "".join(f"{line}\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "second", write_run(tmp_path / "first", None, 3), 1)
+
+
+def test_lines_are_canonical_and_hold_the_hash_of_the_line_before():
+    lines = chain(2)
+    first, second = (json.loads(line) for line in lines)
+    assert first["previous"] == "0" * 64
+    assert second["previous"] == hashlib.sha256(lines[0].encode()).hexdigest()
+    assert [first["sequence"], second["sequence"]] == [1, 2]
+    assert lines[0] == json.dumps(first, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert first["time"].endswith("Z")
+    assert ledger.forgotten_names(ledger.parse(lines)) == {0: "cat", 1: "dog"}
+
+
+def test_append_leaves_the_parent_and_checks_it():
+    lines = chain(1)
+    assert ledger.append(lines, entry(1))[0] == lines[0]
+    assert len(lines) == 1
+    with pytest.raises(ValueError, match="method"):
+        ledger.append([], {k: v for k, v in entry(0).items() if k != "method"})
+    with pytest.raises(SafetyError, match="erased 2 time"):
+        ledger.append(lines, entry(2, sequence=3))
+    with pytest.raises(SafetyError, match="does not start from the model"):
+        ledger.append(lines, entry(2))
+
+
+def test_names_keep_their_letters():
+    (line,) = ledger.append([], entry(0, classes=[{"index": 0, "name": "Kätzchen 猫"}]))
+    assert "Kätzchen 猫" in line
+    assert ledger.parse([line])
+
+
+@given(st.data())
+def test_any_changed_byte_before_the_last_line_is_found(data):
+    lines = chain(3)
+    raw = bytearray("".join(f"{line}\n" for line in lines).encode())
+    position = data.draw(st.integers(0, len(raw) - len(lines[-1]) - 3))
+    raw[position] ^= data.draw(st.integers(1, 127))
+    changed = raw.decode("latin1").split("\n")[:-1]
+    with pytest.raises(SafetyError) as caught:
+        ledger.parse(changed)
+    assert caught.value.kind == "broken_ledger"
+    assert caught.value.exit_status == 4
+    assert "line" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[1:], "line 1 has sequence 2"),
+        (lambda x: [x[0], x[2]], "line 2 has sequence 3"),
+        (lambda x: [x[1], x[0], x[2]], "line 1 has sequence 2"),
+        (lambda x: [x[0].replace("cat", "bat"), *x[1:]], "line 1 was changed"),
+        (lambda x: [*x, "{}"], "line 4 is malformed"),
+        (lambda x: [*x, x[2] + " "], "line 4 is malformed"),
+        (lambda x: [*x, "[]"], "line 4 is malformed"),
+        (lambda x: [*x, ""], "line 4 is malformed"),
+    ],
+)
+def test_the_broken_line_is_named(change, words):
+    with pytest.raises(SafetyError, match=words):
+        ledger.parse(change(chain(3)))
+
+
+def test_a_rebuilt_line_must_start_from_the_model_before():
+    lines = chain(1)
+    forged = json.loads(chain(2)[1])
+    forged["base"] = "another model"
+    with pytest.raises(SafetyError, match="line 2 does not start from the model of line 1"):
+        ledger.parse([lines[0], ledger.canonical(forged)])
+
+
+def test_a_cut_file_is_found(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text("".join(f"{line}\n" for line in chain(2))[:-1])
+    with pytest.raises(SafetyError, match="line 2 is cut off"):
+        ledger.read_lines(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(SafetyError, match="UTF-8"):
+        ledger.read_lines(path)
+    assert ledger.read_lines(tmp_path / "none") == []
+
+
+def test_a_sound_run_passes(run):
+    report = ledger.verify(run)
+    assert report.passed
+    assert [c.name for c in report.checks] == ["chain", "model", "config", "delta", "request", "forgotten"]
+    assert {c.verdict for c in report.checks} == {"pass"}
+    assert ledger.parent_lines(run) == ledger.read_lines(run / "ledger.jsonl")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "delta.safetensors", "request.json"])
+def test_a_changed_file_is_named_with_its_line(run, name):
+    (run / name).write_bytes(b"other")
+    with pytest.raises(SafetyError) as caught:
+        ledger.verify(run)
+    assert name in caught.value.message
+    assert "line 2" in caught.value.message
+    with pytest.raises(SafetyError):
+        ledger.parent_lines(run)
+
+
+def test_purged_files_are_not_missed(run):
+    (run / "delta.safetensors").unlink()
+    assert {c.name: c.verdict for c in ledger.verify(run).checks}["delta"] == "not checked"
+
+
+def test_a_config_that_hides_an_erasure_is_found(run):
+    raw = json.loads((run / CONFIG).read_text())
+    (run / CONFIG).write_text(json.dumps({**raw, "forgotten": [1]}))
+    failed = [c.name for c in ledger.inspect(run).checks if c.verdict == "fail"]
+    assert failed == ["config", "forgotten"]
+
+
+def test_a_lost_last_line_is_found(run):
+    lines = ledger.read_lines(run / "ledger.jsonl")
+    (run / "ledger.jsonl").write_text(lines[0] + "\n")
+    failed = {c.name for c in ledger.inspect(run).checks if c.verdict == "fail"}
+    assert {"model", "forgotten"} <= failed
+
+
+def test_a_removed_ledger_is_found_but_an_original_model_needs_none(run, tmp_path):
+    (run / "ledger.jsonl").unlink()
+    for check in (ledger.verify, ledger.parent_lines):
+        with pytest.raises(SafetyError, match="absent or empty"):
+            check(run)
+    original = tmp_path / "original"
+    original.mkdir()
+    (original / WEIGHTS).write_bytes(b"weights")
+    (original / CONFIG).write_text(json.dumps(CONFIG_0.to_json()))
+    assert ledger.parent_lines(original) == []
+    with pytest.raises(RequestError) as caught:
+        ledger.verify(original)
+    assert caught.value.kind == "no_ledger"
+
+
+def test_artifacts_are_hashed_against_their_sidecars(run):
+    folder = run / "artifacts"
+    folder.mkdir()
+    for name in ("good.onnx", "bad.onnx", "odd.engine", "bare.onnx"):
+        (folder / name).write_bytes(name.encode())
+    (folder / "good.onnx.json").write_text(json.dumps({"sha256": sha256(folder / "good.onnx")}))
+    (folder / "bad.onnx.json").write_text(json.dumps({"sha256": "0" * 64}))
+    (folder / "odd.engine.json").write_text("[]")
+    verdicts = {c.name: c.verdict for c in ledger.check_artifacts(run)}
+    assert verdicts == {
+        "artifacts/good.onnx": "pass",
+        "artifacts/bad.onnx": "fail",
+        "artifacts/odd.engine": "fail",
+        "artifacts/bare.onnx": "not checked",
+    }
+    with pytest.raises(SafetyError, match=r"bad\.onnx"):
+        ledger.verify(run)
