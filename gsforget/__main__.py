@@ -29,23 +29,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
     options = args[: args.index("--")] if "--" in args else args
     as_json = "--json" in options and not {"--help", "-h"} & set(options)
-    with output.one_run(as_json):
-        try:
-            from gsforget.cli.app import run
+    try:
+        with output.one_run(as_json):
+            return _guarded(args, as_json)
+    except OSError as error:  # stdout itself takes nothing more
+        if not isinstance(error, BrokenPipeError):
+            output.say(f"Error: the output could not be written ({error.strerror}).", style="bold red")
+        return 1
 
-            return run(args)
-        except SystemExit as leaving:
-            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        except BaseException as error:
-            if os.environ.get(TRACEBACK) == "1":
-                traceback.print_exc()
-            status, failure = explain(error)
-            if as_json and not output.emitted():
-                output.emit_json(failure.to_json())
-            output.say(f"Error: {failure.message}", style="bold red")
-            if failure.hint:
-                output.say(failure.hint)
-            return status
+
+def _guarded(args: Sequence[str], as_json: bool) -> int:
+    from gsforget.cli import output
+
+    try:
+        from gsforget.cli.app import run
+
+        return run(args)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException as error:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exc()
+        status, failure = explain(error)
+        output.say(f"Error: {failure.message}", style="bold red")
+        if failure.hint:
+            output.say(failure.hint)
+        if as_json and not output.emitted():
+            output.emit_json(failure.to_json())
+        return status
 
 
 def explain(error: BaseException) -> tuple[int, GsforgetError]:

@@ -97,18 +97,19 @@ def one_run(as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_descriptor(stdout: TextIO) -> Iterator[TextIO]:
-    if stdout is not sys.__stdout__:  # replaced by a caller, such as a test
+def _own_descriptor(stdout: TextIO | None) -> Iterator[TextIO | None]:
+    own = sys.__stdout__
+    if own is None or stdout is not own:  # closed, or replaced by a caller such as a test
         yield stdout
         return
-    stdout.flush()
+    own.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         with open(kept, "w", encoding="utf-8", closefd=False) as stream:
             yield stream
     finally:
-        stdout.flush()
+        own.flush()
         os.dup2(kept, 1)
         os.close(kept)
 

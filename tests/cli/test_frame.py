@@ -180,6 +180,25 @@ sys.exit(main(["infer", "--json"]))
     assert all(noise in done.stderr for noise in ("python noise", "native noise", "noise of a child"))
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_stdout_that_takes_nothing_is_one_sentence():
+    command = [sys.executable, "-m", "gsforget", "infer", "x", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    closed = subprocess.run(" ".join(command) + " >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert closed.returncode == 2
+    assert "Traceback" not in closed.stderr
+
+
 def test_exit_status_of_a_command_and_of_ctrl_c(monkeypatch, capsys):
     def command():
         raise typer.Exit(3)
