@@ -27,6 +27,7 @@ WARMUP = 20  # steps before the first penalty, so that Adam's second moment of e
 SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
 SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 2, 60, 300  # length of one settling stage: epochs, then bounds in steps
 STAGES = 5  # settling stages at most
+STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages where there are too few images for a validation part
 
 

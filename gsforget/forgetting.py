@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsforget import ledger, records
+from gsforget import control, ledger, records
 from gsforget.classes import resolve_classes
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
@@ -134,8 +134,9 @@ class _Session:
         test = ImageSet(self.data.test, load, request.skip_corrupt)
         test.check()
         split = self.data.train.select(np.flatnonzero(~of_classes(self.data.train.labels, self.erased)))
-        if request.shots is not None:
-            split = split.select(few_shot(split.labels, request.shots, request.settings.seed))
+        enough = max(1, control.STEPS_OF_IMAGES * request.settings.batch_size // len(self.wanted + self.retained))
+        shots = enough if request.shots is None else min(request.shots, enough)
+        split = split.select(few_shot(split.labels, shots, request.settings.seed))
         images = ImageSet(split, load, request.skip_corrupt)
         images.check()
         present = set(images.labels.tolist())

@@ -65,7 +65,7 @@ def load_source(
     if path.is_dir():
         if checkpoint or model_kwargs:
             raise RequestError(
-                f"--model {model} is a folder with its own weights and configuration; --checkpoint and --model-kwargs do not apply.",
+                f"--model {model} has its own weights and configuration; --checkpoint and --model-kwargs do not apply.",
                 "Leave them out, or give --model a timm name.",
                 "two_sources",
             )

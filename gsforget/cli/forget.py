@@ -118,7 +118,7 @@ def show(outcome: Any) -> None:
     rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
     if s["old_acc_after"] is not None:
         rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
-    table(("class", "role", "before %", "after %", "95 % interval", "images"), rows, "Accuracy on the test images")
+    table(("class", "role", "before %", "after %", "95 % interval", "images"), rows, "Accuracy on the test images", ("before %", "after %", "images"))
     changed = [g["name"] for g in metrics["groups"] if g["active"]]
     tensors = metrics["tensors"]
     say(
