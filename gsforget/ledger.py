@@ -139,8 +139,27 @@ class Report:
     def passed(self) -> bool:
         return all(c.verdict != "fail" for c in self.checks)
 
+    def error(self) -> SafetyError | None:
+        """The first failure as SafetyError ``broken_ledger``; None where nothing failed."""
+        failed = next((c for c in self.checks if c.verdict == "fail"), None)
+        return SafetyError(failed.detail, HINT, "broken_ledger") if failed else None
+
     def to_json(self) -> dict[str, Any]:
         return {"checks": [asdict(c) for c in self.checks], "verdict": "pass" if self.passed else "fail"}
+
+
+def history(run_folder: Path) -> list[dict[str, Any]]:
+    """The erasures behind a run, oldest first.  Raises as ``parse`` does, and RequestError ``no_model``, ``no_ledger``."""
+    path = run_folder / LEDGER
+    if not path.is_file():
+        read_config(run_folder)
+        raise _no_ledger(run_folder)
+    return parse(read_lines(path), path)
+
+
+def _no_ledger(folder: Path) -> RequestError:
+    message = f"{folder} has no {LEDGER}, so no erasure by gsforget is known of it."
+    return RequestError(message, "Name a run folder such as runs/forget-0001.", "no_ledger")
 
 
 def inspect(run_folder: Path) -> Report:
@@ -151,11 +170,7 @@ def inspect(run_folder: Path) -> Report:
     config = read_config(run_folder)
     path = run_folder / LEDGER
     if not path.is_file() and not config.forgotten:
-        raise RequestError(
-            f"{run_folder} has no {LEDGER}: nothing was erased from this model by gsforget.",
-            "Name a run folder such as runs/forget-0001.",
-            "no_ledger",
-        )
+        raise _no_ledger(run_folder)
     try:
         entries = parse(read_lines(path), path)
         if not entries:
@@ -180,9 +195,9 @@ def inspect(run_folder: Path) -> Report:
 def verify(run_folder: Path) -> Report:
     """``inspect``, with the first failure raised as SafetyError ``broken_ledger``."""
     report = inspect(run_folder)
-    for check in report.checks:
-        if check.verdict == "fail":
-            raise SafetyError(check.detail, HINT, "broken_ledger")
+    error = report.error()
+    if error:
+        raise error
     return report
 
 
