@@ -81,7 +81,7 @@ def _triton() -> str:
 def _onnxruntime() -> str:
     import onnxruntime
 
-    return f"{onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"
+    return f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
 
 
 def _package(*names: str) -> Callable[[], str]:

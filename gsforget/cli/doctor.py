@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,8 @@ def doctor(
         _show(document["model"])
     if json:
         emit_json(document)
-    next_command("gsforget demo" if model is None else f"gsforget forget --model {model} --data {data} --classes …")
+    following = shlex.join(["gsforget", "forget", "--model", str(model), "--data", str(data), "--classes"])
+    next_command("gsforget demo" if model is None else f"{following} A,B")
 
 
 def _examine(
