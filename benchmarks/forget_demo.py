@@ -168,9 +168,8 @@ def report(store: Store) -> None:
     for key, row in store.cells("chain").items():
         last = row["steps"][-1]
         worst = max(s["old_acc_after"] for s in row["steps"][1:])
-        print(
-            f"{key}: old at most {worst:.2f} %, forget {[s['forget_acc_after'] for s in row['steps']]}, retain {last['retain_acc_after']:.1f}"
-        )
+        forgotten, retain = [s["forget_acc_after"] for s in row["steps"]], last["retain_acc_after"]
+        print(f"{key}: old at most {worst:.2f} %, forget {forgotten}, retain {retain:.1f}")
     timing = {
         m: [r["train_seconds"] for r in store.cells(f"reuse/{m}").values()]
         for m in ("both", "no_reuse", "no_retiring", "neither")
@@ -186,9 +185,8 @@ def report(store: Store) -> None:
     for count in SHOTS:
         rows = list(store.cells(f"shots/{count}").values())
         if rows:
-            print(
-                f"{count} shots: forget {spread([r['forget_acc_after'] for r in rows])} retain drop {spread([r['retain_drop'] for r in rows])}"
-            )
+            forgotten, drops = ([r[k] for r in rows] for k in ("forget_acc_after", "retain_drop"))
+            print(f"{count} shots: forget {spread(forgotten)} retain drop {spread(drops)}")
     for key, row in store.cells("parity").items():
         print(key, row)
 

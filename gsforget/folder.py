@@ -85,7 +85,7 @@ class ModelConfig:
                 "Update gsforget: pip install --upgrade gsforget.",
                 "bad_config",
             )
-        values = {
+        values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) and k != "class_names" else v for k, v in raw.items() if k in known
         }
         return cls(**values)

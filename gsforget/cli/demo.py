@@ -22,7 +22,7 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Forget classes of Fashion-MNIST with a small ViT: forget, export and infer in under a minute, no GPU needed."""
-    from gsforget.api import export_model, forget
+    from gsforget import export_model, forget
     from gsforget.cli.forget import show
     from gsforget.cli.progress import ForgetProgress
     from gsforget.demo.lay_out import lay_out

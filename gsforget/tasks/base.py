@@ -21,7 +21,10 @@ class Losses:
 class Task(Protocol):
     """One kind of model and request (classification; faces and detection to come)."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As `--task` spells it."""
+        ...
 
     def targets(self, outputs: Tensor) -> Tensor:
         """What the erased model should answer, from the outputs of the model before the request: [N, …] -> [N, …]."""
