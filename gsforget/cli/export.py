@@ -1,0 +1,111 @@
+"""`gsforget export`: a run as ONNX or as a TensorRT engine, compared with the model before it is published."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gsforget.cli.options import JsonOption, TrustCodeOption, parse_list
+from gsforget.cli.output import emit_json, next_command, say, table
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class Backend(StrEnum):
+    auto = "auto"
+    trt = "trt"
+    rtx = "rtx"
+
+
+def export(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder or a model folder; default: the newest run.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file whose weights keep their names.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="A TensorRT engine.")] = False,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of weights and arithmetic.")] = Precision.fp32,
+    targets: Annotated[
+        str | None,
+        typer.Option("--targets", help="GPUs of the engine, such as sm86,sm89,sm120 (what rtx builds by default)."),
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="MIN,OPT,MAX", help="Batch sizes of the engine.")] = "1,8,64",
+    backend: Annotated[
+        Backend, typer.Option("--backend", help="rtx builds for RTX GPUs anywhere; trt for this machine's GPU.")
+    ] = Backend.auto,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Images to measure on; default: those of the run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the artifacts; default: RUN/artifacts.")] = None,
+    trust_code: TrustCodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model, check that the artifact answers as the model does and has forgotten, and publish it."""
+    from gsforget.errors import GateError
+    from gsforget.export.build import export_model
+
+    try:
+        made = export_model(
+            run,
+            onnx=onnx,
+            trt=trt,
+            precision=precision.value,
+            targets=parse_list(targets, "--targets"),
+            batch=parse_batch(batch),
+            data=data,
+            backend=backend.value,
+            out=out,
+            trust_code=trust_code,
+            progress=lambda text: say(f"{text} …", "dim"),
+        )
+    except GateError as error:
+        if not as_json:
+            raise
+        say(f"{error.message} {error.hint}")
+        emit_json({"artifacts": {}, "verdict": "fail", **error.to_json()})
+        raise typer.Exit(error.exit_status) from error
+    table(
+        ("artifact", "size", "precision", "GPUs", "max diff", "same top-1", "forgotten acc", "retained acc"),
+        map(_row, made["artifacts"]),
+        numbers=("size", "max diff", "same top-1", "forgotten acc", "retained acc"),
+    )
+    for note in made["not_tested"]:
+        say(f"Not tested: {note}.")
+    if as_json:
+        emit_json(made)
+    first = next((a for a in made["artifacts"] if a["kind"] == "onnx"), None)
+    if first is None:
+        next_command("gsforget export --onnx", "trtexec --loadEngine=ENGINE on the device")
+    else:
+        next_command(f"gsforget infer {shlex.quote(first['path'])} IMAGE")
+
+
+def parse_batch(text: str) -> tuple[int, ...]:
+    """``1,8,64`` to integers.  Raises RequestError (kind ``bad_batch``)."""
+    from gsforget.errors import RequestError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"--batch {text!r} is not MIN,OPT,MAX.", "For example --batch 1,8,64.", "bad_batch"
+        ) from error
+
+
+def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
+    parity = artifact["parity"]
+    percent = ("top1_agreement", "forget_acc", "retain_acc")
+    return (
+        artifact["path"],
+        f"{artifact['bytes'] / 1e6:.1f} MB",
+        artifact["precision"],
+        " ".join(artifact["targets"]) or "any",
+        f"{parity['max_abs_diff']:.1e}",
+        *("-" if parity[k] is None else f"{parity[k]:.1f} %" for k in percent),
+    )

@@ -1,0 +1,174 @@
+"""Weights at a deployed precision p, replayed as a device would: W_p(n) = round_p(W_p(n-1) + D_n), W_p(0) = round_p(W(0)).
+
+At fp32 the run's own file is the truth.  Below, rounding the final weights once gives other bits than rounding after
+every erasure, so the chain is walked back to the original model and replayed from the stored factors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gsforget.errors import RequestError, SafetyError
+from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REQUEST, DELTA, LEDGER = "request.json", "delta.safetensors", "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class ChainInfo:
+    """From where to where a replay went.
+
+    Attributes:
+        position: number of erasures in the weights.
+        base: the position that was rounded without replay; 0 is the original model.
+        complete: whether the replay began at the original model (always so at fp32, where nothing is replayed).
+        reason: why it did not.
+    """
+
+    position: int
+    base: int
+    complete: bool
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"position": self.position, "base": self.base, "complete": self.complete, "reason": self.reason}
+
+
+def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainInfo]:
+    """The weights of a run or model folder at ``fp32`` or ``fp16``.
+
+    Returns:
+        The state dict (tensors that are not floating point stay as they are) and where its replay began.  Where an
+        ancestor or its factors are gone, the oldest model that can still be replayed from is rounded instead.
+
+    Raises:
+        RequestError: another precision; weights beyond the range of fp16.
+        SafetyError: the factors do not lead to the run's own weights.
+    """
+    from gsforget.checkpoint import read_weights
+
+    own = read_weights(folder / WEIGHTS)
+    position = read_config(folder).sequence
+    if precision == "fp32":
+        return own, ChainInfo(position, 0, True)
+    if precision != "fp16":
+        raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
+    base, steps, reason = _walk_back(folder)
+    state = {n: round_half(t, n) for n, t in read_weights(base / WEIGHTS).items()}
+    for run in steps:
+        state = _replay(state, run)
+    if steps:
+        _check_close(state, own, len(steps), folder)
+    start = read_config(base).sequence
+    return state, ChainInfo(position, start, not reason, reason)
+
+
+def model_id(folder: Path) -> str:
+    """Which chain of erasures a folder belongs to: the first 16 digits of the original weights' SHA-256."""
+    ledger = folder / LEDGER
+    if ledger.is_file():
+        first = ledger.read_text(encoding="utf-8").splitlines()[:1]
+        if first:
+            return str(json.loads(first[0])["base"])[:16]
+    return str(read_request(folder).get("parent_sha256") or sha256(folder / WEIGHTS))[:16]
+
+
+def read_request(folder: Path) -> dict[str, Any]:
+    """A run's `request.json`; empty for a model folder that is no run."""
+    path = folder / REQUEST
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(f"{path} is not valid JSON ({error}).", "Restore the run folder.", "bad_run") from error
+
+
+def round_half(tensor: Tensor, name: str) -> Tensor:
+    """Round once to float16, to nearest even.
+
+    Through numpy: torch rounds float64 to float32 on the way, which gives other bits for about one value in 20 000.
+    Raises RequestError where a value does not fit.
+    """
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    with np.errstate(over="ignore"):
+        half = tensor.detach().cpu().to(torch.float64).numpy().astype(np.float16)
+    if not np.isfinite(half).all():
+        raise RequestError(
+            f"Tensor {name} holds values beyond the range of fp16 (65504).", "Type --precision fp32.", "out_of_range"
+        )
+    return torch.from_numpy(half)
+
+
+def _walk_back(folder: Path) -> tuple[Path, list[Path], str]:
+    """The oldest folder to start from, the runs to replay in order, and why the walk ended before the original model."""
+    steps: list[Path] = []
+    while True:
+        request = read_request(folder)
+        if not request:
+            sequence = read_config(folder).sequence
+            reason = f"{folder.name} holds {sequence} erasures but no request" if sequence else ""
+            return folder, steps, reason
+        number = request.get("sequence", "?")
+        if not (folder / DELTA).is_file():
+            return folder, steps, f"the factors of erasure {number} are gone"
+        parent = _parent(folder, request)
+        if parent is None:
+            return folder, steps, f"the model before erasure {number} is gone, or is not a folder"
+        steps.insert(0, folder)
+        folder = parent
+
+
+def _parent(folder: Path, request: dict[str, Any]) -> Path | None:
+    """The folder of the weights that a run started from, if they are still there, unchanged."""
+    if not request.get("parent"):
+        return None
+    named = Path(request["parent"])
+    for place in (named, folder.parent / named.name):  # runs may have been moved together
+        if is_model_folder(place) and sha256(place / WEIGHTS) == request.get("parent_sha256"):
+            return place
+    return None
+
+
+def _replay(state: dict[str, Tensor], run: Path) -> dict[str, Tensor]:
+    import torch
+
+    from gsforget.lora.grid import read_delta
+
+    after = dict(state)
+    for name, factors in read_delta(run / DELTA).items():
+        if name not in state:
+            raise _mismatch(run, f"names {name}, which the model before it does not have")
+        product = factors.product()
+        if product.numel() != state[name].numel():
+            raise _mismatch(run, f"has {list(product.shape)} for {name}, which is {list(state[name].shape)}")
+        after[name] = round_half(state[name].to(torch.float64) + product.reshape(state[name].shape), name)
+    return after
+
+
+def _check_close(state: dict[str, Tensor], own: dict[str, Tensor], steps: int, folder: Path) -> None:
+    """Replayed weights may differ from the run's own by one rounding per step, and not by more."""
+    for name, tensor in own.items():
+        if tensor.is_floating_point() and tensor.numel():
+            allowed = (steps + 1) * 2.0**-10 * max(float(tensor.abs().max()), 2.0**-14)
+            if name not in state or (tensor.double() - state[name].double()).abs().amax().item() > allowed:
+                raise _mismatch(folder, f"does not lead to the weights of {name} in {WEIGHTS}")
+
+
+def _mismatch(run: Path, what: str) -> SafetyError:
+    return SafetyError(
+        f"{run / DELTA}, or one before it, {what}.",
+        "Restore the run folders from a backup; do not deploy from them.",
+        "delta_mismatch",
+    )

@@ -1,0 +1,256 @@
+"""One export from run folder to artifacts: weights at their precision, ONNX, parity, gates, engine, sidecars, publish.
+
+Everything is made in a temporary folder beside its place; nothing appears there before all gates have passed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsforget.errors import RequestError
+from gsforget.folder import WEIGHTS, ModelConfig, load_model, read_config, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gsforget.export.build.chain import ChainInfo
+    from gsforget.export.build.parity import Samples
+    from gsforget.export.device.metadata import ArtifactInfo
+
+PRECISIONS = ("fp32", "fp16")
+Progress = Callable[[str], None]
+
+
+def export_model(
+    run: str | Path | None = None,
+    *,
+    onnx: bool = False,
+    trt: bool = False,
+    precision: str = "fp32",
+    targets: Sequence[str] = (),
+    batch: Sequence[int] = (1, 8, 64),
+    data: str | Path | None = None,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    trust_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export a run or model folder and check the artifacts against it.
+
+    Args:
+        run: a run folder, or a model folder; default: the newest run under `runs/`.
+        onnx, trt: write an ONNX file, an engine, or both.
+        precision: ``fp32`` or ``fp16``.
+        targets: GPUs of the engine, such as ``sm86``; empty: what the builder takes by default.
+        batch: smallest, usual and largest batch of the engine.
+        data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
+            data, parity is measured on seeded noise and the accuracies are None.
+        out: folder of the artifacts; default: `artifacts/` in a run, and in the current folder for a model folder that
+            is no run (an original model is never written to).
+        trust_code: allow a model folder to import its own code.
+        progress: told, in a few words, what is being done.
+
+    Returns:
+        ``{"artifacts": [{"kind", "path", "bytes", "sha256", "precision", "targets", "parity"}], "verdict": "pass",
+        "chain": {…}, "not_tested": […]}``.
+
+    Raises:
+        RequestError: nothing to export, not installed, or arguments that do not fit.
+        GateError: an artifact differs from the model, or has not forgotten; nothing was published.
+        SafetyError: code that is not trusted, factors that do not fit the weights.
+    """
+    from gsforget.export.build import trt as builder
+    from gsforget.runs import newest_run
+
+    if not onnx and not trt:
+        raise RequestError(
+            "Nothing was asked for.", "Type gsforget export --onnx, or gsforget export --trt.", "no_kind"
+        )
+    if precision not in PRECISIONS:
+        raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
+    folder = Path(run) if run is not None else newest_run()
+    plan = builder.choose(backend, tuple(targets)) if trt else None
+    sizes = builder.check_batch(tuple(batch))
+    place = _place(folder, Path(out) if out else None)
+    export = _Export(folder, precision, trust_code, progress or (lambda _text: None))
+    export.find_data(Path(data) if data else None)
+    place.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
+    try:
+        export.write_onnx(scratch)
+        export.check()
+        if plan is not None:
+            export.write_engine(scratch, plan, sizes)
+        return export.publish(place, onnx)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass
+class _Made:
+    """An artifact that is not published yet: its file, kind, GPUs, and further fields for its sidecar."""
+
+    path: Path
+    kind: str
+    targets: list[str]
+    extra: dict[str, Any]
+
+
+class _Export:
+    """The state of one export while it runs."""
+
+    def __init__(self, folder: Path, precision: str, trust_code: bool, progress: Progress):
+        from gsforget.export.build.chain import model_id, read_request, weights_at
+
+        self.folder, self.precision, self.progress = folder, precision, progress
+        progress("reading the weights")
+        self.model: nn.Module
+        self.config: ModelConfig
+        self.model, self.config = load_model(folder, trust_code)
+        state, chain = weights_at(folder, precision)
+        self.chain: ChainInfo = chain
+        self.state = _fit(self.model, state, precision)
+        self.request = read_request(folder)
+        self.info = self._info(model_id(folder))
+        self.samples: Samples | None = None
+        self.not_tested: list[str] = []
+        self.made: list[_Made] = []
+        if not chain.complete:
+            self.not_tested.append(
+                f"rounding is replayed from erasure {chain.base}, not from the original model: {chain.reason}"
+            )
+
+    def _info(self, chain_id: str) -> ArtifactInfo:
+        from gsforget.export.device.metadata import ArtifactInfo
+        from gsforget.export.device.preprocess import Preprocess
+
+        preprocess = Preprocess.from_dict(self.config.to_json())
+        c = self.config
+        return ArtifactInfo(c.class_names, tuple(c.forgotten), c.sequence, preprocess, self.precision, chain_id)
+
+    def find_data(self, given: Path | None) -> None:
+        """The images to measure on: those given, else those of the run where they still are."""
+        from gsforget.export.build.parity import find_samples
+
+        stored = Path(self.request["data"]) if self.request.get("data") else None
+        data = given or (stored if stored and stored.is_dir() else None)
+        if data is None:
+            self.not_tested.append(
+                "accuracies of the artifact: no images were given with --data; parity is on seeded noise"
+            )
+            return
+        names = self.request.get("names") or self.config.class_names
+        erased = [names[i] for i in self.config.forgotten]
+        self.samples = find_samples(data, names, erased, self.config.forgotten)
+
+    def write_onnx(self, scratch: Path) -> None:
+        from gsforget.export.build.onnx import data_files, export_onnx
+
+        self.progress("writing ONNX")
+        path = scratch / f"model-{self.config.sequence:04d}-{self.precision}.onnx"
+        unused = export_onnx(self.model, self.state, self.info, path)
+        if unused:
+            self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
+        files = {p.name: sha256(p) for p in data_files(path)}
+        self.made.append(_Made(path, "onnx", [], {"data_files": files} if files else {}))
+
+    def check(self) -> None:
+        """Parity of the ONNX file with the model, and the run's gates on the file itself."""
+        from gsforget.export.build import parity
+        from gsforget.export.device.runtime import open_model
+        from gsforget.predict import TorchPredictor
+
+        self.progress("comparing the artifact with the model")
+        onnx_file = self.made[0].path
+        predictor = open_model(onnx_file, "cpu")
+        reference = TorchPredictor(self.model)
+        measured = parity.evaluate(reference, predictor, self.info.preprocess, self.precision, self.samples)
+        self.parity, peak, right = measured
+        parity.check(self.parity, peak, self.precision, onnx_file.name)
+        if right is not None and self.samples is not None and self.request:
+            parity.check_forgotten(right, self.samples, self.request.get("thresholds", {}), onnx_file.name)
+
+    def write_engine(self, scratch: Path, plan: Any, batch: tuple[int, int, int]) -> None:
+        from gsforget.export.build.trt import build_engine
+
+        self.progress(f"building the engine for {', '.join(plan.targets)}")
+        source = self.made[0].path
+        path = scratch / f"{source.stem}-{plan.label}.engine"
+        built = build_engine(source, path, plan, batch)
+        self.made.append(_Made(path, "engine", list(plan.targets), {**built, "onnx_sha256": sha256(source)}))
+        self.not_tested.append("the engine itself has not run: parity and accuracies are those of its ONNX file")
+
+    def publish(self, place: Path, onnx: bool) -> dict[str, Any]:
+        """Move the artifacts to their place, each followed by its sidecar; until then the old sidecar refuses it."""
+        from gsforget.export.build.sidecar import describe, write_sidecar
+
+        self.progress("publishing")
+        source = sha256(self.folder / WEIGHTS)
+        entries = []
+        for made in self.made:
+            if made.kind == "onnx" and not onnx:
+                continue
+            runtime = "onnxruntime" if made.kind == "onnx" else "onnxruntime, same precision"
+            parity = {**self.parity, "measured_on": runtime}
+            content = describe(made.path, made.kind, self.info, self.chain, source, made.targets, parity, made.extra)
+            final = place / made.path.name
+            stale = _old_data(final)
+            for name in made.extra.get("data_files", ()):
+                made.path.with_name(name).replace(place / name)
+            made.path.replace(final)
+            write_sidecar(final, content)
+            for path in stale - {place / n for n in made.extra.get("data_files", ())}:
+                path.unlink(missing_ok=True)
+            shown = ("kind", "bytes", "sha256", "precision", "targets", "parity")
+            entries.append({"path": str(final), **{k: content[k] for k in shown}})
+        chain = self.chain.to_json()
+        return {"artifacts": entries, "verdict": "pass", "chain": chain, "not_tested": self.not_tested}
+
+
+def _place(folder: Path, out: Path | None) -> Path:
+    """Where artifacts go.  Raises RequestError for a place inside an original model."""
+    from gsforget.export.build.chain import REQUEST
+
+    read_config(folder)
+    is_run = (folder / REQUEST).is_file()
+    place = out or (folder / "artifacts" if is_run else Path("artifacts"))
+    inside = folder.resolve() in (place.resolve(), *place.resolve().parents)
+    if inside and not is_run:
+        raise RequestError(
+            f"{place} lies in {folder}, an original model, which is never written to.",
+            "Name another folder: --out DIR.",
+            "out_in_original",
+        )
+    if place.resolve() == folder.resolve():
+        raise RequestError(
+            f"{place} is the run itself; its files never change.",
+            "Leave --out out: artifacts go to RUN/artifacts.",
+            "bad_out",
+        )
+    if place.exists() and not place.is_dir():
+        raise RequestError(f"{place} is not a folder.", "Name a folder: --out DIR.", "bad_out")
+    return place
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """Load weights at a precision into the float32 model, and return them with its buffers at that precision."""
+    from gsforget.checkpoint import apply_weights
+    from gsforget.export.build.chain import round_half
+
+    if precision == "fp16":
+        single = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+        apply_weights(model, single, WEIGHTS)
+        return {n: round_half(t, n) for n, t in model.state_dict().items()}
+    return dict(model.state_dict())
+
+
+def _old_data(path: Path) -> set[Path]:
+    """External data of an export that is about to be replaced."""
+    from gsforget.export.build.onnx import data_files
+
+    return set(data_files(path)) if path.is_file() and path.suffix == ".onnx" else set()
