@@ -84,16 +84,18 @@ def evaluate_gates(
 def paired_drop(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
     """Loss of accuracy on the same images, in points, and its lower one-sided 95 % bound.
 
-    With b images that turned wrong and c that turned right of n: drop = (b - c) / n, with standard deviation
-    sqrt(b + c - (b - c)² / n) / n.  Raises ValueError without images.
+    With b images that turned wrong and c that turned right of n, drop = (b - c) / n.  The bound is Wald's with half an
+    image added to each cell of the 2 x 2 table (Agresti and Min, Statistics in Medicine 24, 2005), so that a single
+    image proves nothing: d - z sqrt(b' + c' - (b' - c')² / n') / n' with b' = b + 1/2, c' = c + 1/2, n' = n + 2,
+    d = (b - c) / n'.  Raises ValueError without images.
     """
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     if not len(first) or len(first) != len(second):
         raise ValueError("before and after must hold the same images, at least one")
     n, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
+    deviation = math.sqrt(b + c + 1 - (b - c) ** 2 / (n + 2)) / (n + 2)
     drop = (b - c) / n
-    deviation = math.sqrt(max(b + c - (b - c) ** 2 / n, 0.0)) / n
-    return 100 * drop, 100 * (drop - Z_ONE_SIDED * deviation)
+    return 100 * drop, 100 * min(drop, (b - c) / (n + 2) - Z_ONE_SIDED * deviation)
 
 
 def _accuracy_gate(name: str, after: NDArray[np.bool_], where: NDArray[np.bool_], threshold: float) -> Gate:

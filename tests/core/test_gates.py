@@ -21,7 +21,7 @@ def test_paired_drop_closed_form():
     after = [False] * 20 + [True] * 70 + [True] * 5 + [False] * 5
     drop, bound = paired_drop(before, after)
     assert drop == pytest.approx(15)
-    assert bound == pytest.approx(15 - Z_ONE_SIDED * math.sqrt(25 - 15**2 / 100))
+    assert bound == pytest.approx(100 * (15 / 102 - Z_ONE_SIDED * math.sqrt(26 - 15**2 / 102) / 102))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=50))
@@ -30,7 +30,14 @@ def test_paired_drop_is_the_difference_of_accuracies_and_bounded_by_it(pairs):
     drop, bound = paired_drop(before, after)
     assert drop == pytest.approx(100 * (np.mean(before) - np.mean(after)))
     assert bound <= drop + 1e-9
-    assert paired_drop(before, before) == (0, 0)
+    assert paired_drop(before, before)[0] == 0
+
+
+def test_one_image_proves_no_drop():
+    drop, bound = paired_drop([True], [False])
+    assert drop == 100
+    assert bound < 10
+    assert paired_drop([True] * 40, [False] * 20 + [True] * 20)[1] > 30
 
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])
