@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "forget": "gsforget.api",
-    "export_model": "gsforget.export.build",
+    "export_model": "gsforget.api",
     "Settings": "gsforget.training",
     "Thresholds": "gsforget.forgetting",
     "GsforgetError": "gsforget.errors",

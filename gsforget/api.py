@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
+    from gsforget.data import ImageFolder
     from gsforget.forgetting import Outcome, Thresholds
     from gsforget.source import Source
     from gsforget.training import Event, Settings
@@ -59,40 +61,72 @@ def forget(
         RequestError, SafetyError: see `gsforget.errors`.
     """
     from gsforget import forgetting
-    from gsforget.data import scan
-    from gsforget.export.device.preprocess import Preprocess
-    from gsforget.source import load_source
     from gsforget.training import Settings
 
-    root = Path(data)
-    names = list(class_names) if class_names is not None else None
-    if isinstance(model, (str, Path)):
-        folders = None if names or Path(model).is_dir() else scan(root, None).class_names
-        source = load_source(
-            str(model),
-            folders,
-            checkpoint=Path(checkpoint) if checkpoint else None,
-            model_kwargs=model_kwargs,
-            class_names=names,
-            preprocessing=preprocessing,
-            trust_code=trust_code,
-        )
-    else:
-        source = source_of_module(model, names or scan(root, None).class_names, preprocessing or {}, architecture)
-    folder = scan(root, source.names, optional=list(source.erased.values()))
-    chosen = settings or Settings()
+    source, folder, load = open_model_and_data(
+        model,
+        Path(data),
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        model_kwargs=model_kwargs,
+        class_names=list(class_names) if class_names is not None else None,
+        preprocessing=preprocessing,
+        architecture=architecture,
+        trust_code=trust_code,
+    )
     request = forgetting.Request(
         list(classes),
-        forgetting.with_budget(chosen, forgetting.pick_device(device)),
+        forgetting.with_budget(settings or Settings(), forgetting.pick_device(device)),
         thresholds or forgetting.Thresholds(),
         shots,
         device,
         skip_corrupt,
     )
-    load = Preprocess.from_dict(source.config.to_json()).load
     return forgetting.forget(
         source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
     )
+
+
+def open_model_and_data(
+    model: str | Path | nn.Module,
+    data: Path,
+    *,
+    checkpoint: Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    architecture: str | None = None,
+    trust_code: bool = False,
+) -> tuple[Source, ImageFolder, Callable[[Path], np.ndarray]]:
+    """Load a model and list its images in the model's class order; arguments as for `forget`.
+
+    Returns the source, the image folder, and the function that reads one image file for this model.
+    """
+    from gsforget.data import scan
+    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.source import load_source
+
+    if isinstance(model, (str, Path)):
+        source = load_source(
+            str(model),
+            None if class_names or Path(model).is_dir() else scan(data, None).class_names,
+            checkpoint=checkpoint,
+            model_kwargs=model_kwargs,
+            class_names=class_names,
+            preprocessing=preprocessing,
+            trust_code=trust_code,
+        )
+    else:
+        names = class_names or scan(data, None).class_names
+        source = source_of_module(model, names, preprocessing or {}, architecture)
+    images = scan(data, source.names, optional=list(source.erased.values()))
+    return source, images, Preprocess.from_dict(source.config.to_json()).load
+
+
+def export_model(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Export a run: see `gsforget.export.build.exporter.export_model` for the options and what comes back."""
+    from gsforget.export.build.exporter import export_model as build
+
+    return build(Path(run), **options)
 
 
 def source_of_module(

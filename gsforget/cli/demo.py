@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import parse_list
+from gsforget.cli.options import Device, DeviceOption, JsonOption, parse_list
 from gsforget.cli.output import emit_json, next_command, say, table
 
 
@@ -18,8 +18,8 @@ def demo(
     ),
     classes: Annotated[str, typer.Option(help="Classes to forget.")] = "sandal,sneaker",
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same weights.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    device: DeviceOption = Device.auto,
+    json: JsonOption = False,
 ) -> None:
     """Forget classes of Fashion-MNIST with a small ViT: forget, export and infer in under a minute, no GPU needed."""
     from gsforget import export_model, forget
@@ -34,7 +34,13 @@ def demo(
     say(f"\n$ gsforget forget --model {model} --data {data} --classes {classes}")
     with ForgetProgress() as progress:
         outcome = forget(
-            model, data, wanted, settings=Settings(seed=seed), device=device, runs=directory / "runs", progress=progress
+            model,
+            data,
+            wanted,
+            settings=Settings(seed=seed),
+            device=device.value,
+            runs=directory / "runs",
+            progress=progress,
         )
     show(outcome)
     document: dict[str, Any] = {"forget": outcome.document, "export": None, "infer": None}

@@ -61,25 +61,20 @@ def _examine(
     skip_corrupt: bool,
     trust_code: bool,
 ) -> dict[str, Any]:
+    from gsforget.api import open_model_and_data
     from gsforget.classes import read_names
-    from gsforget.data import scan
     from gsforget.doctor import examine_model
-    from gsforget.export.device.preprocess import Preprocess
-    from gsforget.source import load_source
 
-    names = read_names(class_names) if class_names else None
-    folders = None if names or Path(model).is_dir() else scan(data, None).class_names
-    source = load_source(
+    source, images, load = open_model_and_data(
         model,
-        folders,
+        data,
         checkpoint=checkpoint,
         model_kwargs=model_kwargs,
-        class_names=names,
+        class_names=read_names(class_names) if class_names else None,
         preprocessing=preprocessing,
         trust_code=trust_code,
     )
-    images = scan(data, source.names, optional=list(source.erased.values()))
-    return examine_model(source, images, Preprocess.from_dict(source.config.to_json()).load, skip_corrupt)
+    return examine_model(source, images, load, skip_corrupt)
 
 
 def _show(found: dict[str, Any]) -> None:

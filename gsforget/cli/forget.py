@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import parse_floats, parse_kwargs, parse_list
+from gsforget.cli.options import (
+    Device,
+    DeviceOption,
+    JsonOption,
+    TrustCodeOption,
+    parse_floats,
+    parse_kwargs,
+    parse_list,
+)
 from gsforget.cli.output import emit_json, next_command, say, table
 
 Opt = typer.Option
@@ -29,6 +37,7 @@ def forget(
     std: Annotated[str | None, Opt(help="Per channel.")] = None,
     crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
     interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
+    task: Annotated[str, Opt(help="classify.")] = "classify",
     method: Annotated[str, Opt(help="gs-lora.")] = "gs-lora",
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int, Opt(min=1, help="Rank of the LoRA pairs.")] = 8,
@@ -38,15 +47,15 @@ def forget(
     bnd: Annotated[float | None, Opt(help="Bound of the ascent in nats; default: ln(classes) + 1.")] = None,
     prox: Annotated[float | None, Opt(help="Strength of the group penalty; default: from the data.")] = None,
     target_groups: Annotated[int | None, Opt(min=1, help="Blocks that may change; default: a third.")] = None,
-    device: Annotated[str, Opt(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = Device.auto,
     max_forget_acc: Annotated[float, Opt(help="Gate, percent.")] = 1.0,
     max_retain_drop: Annotated[float, Opt(help="Gate, points.")] = 1.0,
     max_class_drop: Annotated[float, Opt(help="Gate, points.")] = 10.0,
     seed: Annotated[int, Opt(help="Same seed, same machine: same weights.")] = 0,
     skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
-    trust_code: Annotated[bool, Opt("--trust-code", help="Allow a model folder to import your own code.")] = False,
+    trust_code: TrustCodeOption = False,
     out: Annotated[Path | None, Opt(help="Run folder; default: the next number under runs/.")] = None,
-    json: Annotated[bool, Opt("--json", help="One JSON document on stdout.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Make a trained model forget classes, keep the rest, and publish the merged model with its evidence."""
     from gsforget.api import forget as run
@@ -57,6 +66,8 @@ def forget(
     from gsforget.records import METHOD
     from gsforget.training import Settings
 
+    if task != "classify":
+        raise RequestError(f"There is no task {task!r}.", "Type --task classify.", "unknown_task")
     if method != METHOD:
         raise RequestError(f"There is no method {method!r}.", f"Type --method {METHOD}.", "unknown_method")
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
@@ -73,15 +84,15 @@ def forget(
             class_names=read_names(class_names) if class_names else None,
             preprocessing={
                 "img_size": img_size,
-                "mean": parse_floats(mean) if mean else None,
-                "std": parse_floats(std) if std else None,
+                "mean": parse_floats(mean),
+                "std": parse_floats(std, "--std"),
                 "crop_pct": crop_pct,
                 "interpolation": interpolation,
             },
             settings=settings,
             thresholds=Thresholds(max_forget_acc, max_retain_drop, max_class_drop),
             shots=shots,
-            device=device,
+            device=device.value,
             skip_corrupt=skip_corrupt,
             trust_code=trust_code,
             out=out,
@@ -118,7 +129,12 @@ def show(outcome: Any) -> None:
     rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
     if s["old_acc_after"] is not None:
         rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
-    table(("class", "role", "before %", "after %", "95 % interval", "images"), rows, "Accuracy on the test images", ("before %", "after %", "images"))
+    table(
+        ("class", "role", "before %", "after %", "95 % interval", "images"),
+        rows,
+        "Accuracy on the test images",
+        ("before %", "after %", "images"),
+    )
     changed = [g["name"] for g in metrics["groups"] if g["active"]]
     tensors = metrics["tensors"]
     say(
