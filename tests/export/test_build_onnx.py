@@ -93,7 +93,7 @@ def test_names_bytes_and_answers(name, tmp_path):
         np.testing.assert_allclose(predictor.predict(batch), logits_of(model, batch), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["deit3", "eva02", "swin"])
 def test_half_precision_keeps_names_and_answers(name, tmp_path):
     model = noisy(ARCHITECTURES[name]())
     half = {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}
