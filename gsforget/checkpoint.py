@@ -15,16 +15,20 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "mo
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, as_saved: bool = False) -> dict[str, Tensor]:
     """Read a checkpoint into a flat state dict.
 
     A torch file is read with ``weights_only=True``: a pickle that would run code is refused (SafetyError).
-    Wrappers such as ``{"state_dict": …}`` and name prefixes such as ``module.`` are removed.
+    Wrappers such as ``{"state_dict": …}`` and name prefixes such as ``module.`` are removed; names in a safetensors
+    file stay as they are with ``as_saved`` (the model that a model folder holds may itself be a wrapper).
     Raises RequestError for a missing, unreadable or empty file and for NaN or infinite weights.
     """
     if not path.is_file():
         raise RequestError(f"There is no checkpoint {path}.", "Check --checkpoint.", "no_checkpoint")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path) if as_saved else strip_prefix(_read_safetensors(path))
+    else:
+        state = _read_torch(path)
     if not state:
         raise RequestError(
             f"{path} holds no tensors.", "Save the model's state_dict() and give that file.", "bad_checkpoint"
@@ -38,7 +42,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return strip_prefix(load_file(path))
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RequestError(
             f"{path} is not a readable safetensors file ({error}).", "Give a complete file.", "bad_checkpoint"
@@ -51,7 +55,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if "unsupported operand" not in str(error).lower() or _begins_as_pickle(path):
             raise SafetyError(
                 f"{path} is a pickle that holds more than tensors; loading it could run code.",
                 "Save it again as tensors only: safetensors.torch.save_file(model.state_dict(), 'model.safetensors').",
@@ -60,27 +64,33 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise RequestError(
             f"{path} is not a readable torch file.", "Give a complete file.", "bad_checkpoint"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file may fail anywhere in the unpickler
         raise RequestError(
             f"{path} is not a readable torch file ({type(error).__name__}).", "Give a complete file.", "bad_checkpoint"
         ) from error
     return unwrap(raw, path)
 
 
+def _begins_as_pickle(path: Path) -> bool:
+    """Whether a file begins like a torch file or a pickle of protocol 2 or newer, and not like text or zeros."""
+    with open(path, "rb") as handle:
+        return handle.read(2).startswith((b"PK", b"\x80"))
+
+
 def unwrap(raw: object, path: Path) -> dict[str, Tensor]:
     """The state dict inside a checkpoint object: wrappers first, then a common name prefix."""
     import torch
 
-    while isinstance(raw, dict) and not any(isinstance(v, torch.Tensor) for v in raw.values()):
-        inner = next((raw[k] for k in WRAPPERS if isinstance(raw.get(k), dict)), None)
-        if inner is None:
-            break
-        raw = inner
-    if not isinstance(raw, dict) or not any(isinstance(v, torch.Tensor) for v in raw.values()):
+    for _ in WRAPPERS:  # nested at most so deep; a pickle may hold itself
+        if isinstance(raw, dict):
+            raw = next((raw[k] for k in WRAPPERS if isinstance(raw.get(k), dict)), raw)
+    items = raw.items() if isinstance(raw, dict) else ()
+    state = {k: v for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if not state:
         raise RequestError(
             f"{path} holds no state dict.", "Save the model's state_dict() and give that file.", "bad_checkpoint"
         )
-    return strip_prefix({k: v for k, v in raw.items() if isinstance(v, torch.Tensor)})
+    return strip_prefix(state)
 
 
 def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def load_model(folder: Path, trust_code: bool = False) -> tuple[nn.Module, Model
 
     config = read_config(folder)
     model = build_model(config, trust_code)
-    apply_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    apply_weights(model, read_weights(folder / WEIGHTS, as_saved=True), folder / WEIGHTS)
     return model, config
 
 

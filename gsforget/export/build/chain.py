@@ -55,14 +55,14 @@ def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainIn
     """
     from gsforget.checkpoint import read_weights
 
-    own = read_weights(folder / WEIGHTS)
+    own = read_weights(folder / WEIGHTS, as_saved=True)
     position = read_config(folder).sequence
     if precision == "fp32":
         return own, ChainInfo(position, 0, True)
     if precision != "fp16":
         raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
     base, steps, reason = _walk_back(folder)
-    state = {n: round_half(t, n) for n, t in read_weights(base / WEIGHTS).items()}
+    state = {n: round_half(t, n) for n, t in read_weights(base / WEIGHTS, as_saved=True).items()}
     for run in steps:
         state = _replay(state, run)
     if steps:
