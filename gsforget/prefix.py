@@ -30,6 +30,15 @@ class _Frozen:
     recorded: Tensor
     rows: int
     blanks: dict[int, Tensor] = field(default_factory=dict)
+    own: Any = field(init=False)  # a forward that somebody else had put on the instance
+
+    def __post_init__(self) -> None:
+        self.own = self.module.__dict__.get("forward")
+
+    def restore(self) -> None:
+        self.module.__dict__.pop("forward", None)
+        if self.own is not None:
+            self.module.forward = self.own
 
     def blank(self, images: int) -> Tensor:
         if images not in self.blanks:
@@ -82,18 +91,19 @@ class PrefixReuse:
         return not torch.allclose(self._answered(answer, probe), truth, atol=TOLERANCE, rtol=TOLERANCE)
 
     def _holds(self, probe: Tensor) -> bool:
-        """Whether kept outputs give the same logits for images in another order and number."""
+        """Whether kept outputs, and a blank input, give the same logits for images in another order and number."""
         truth = _run(self.model, probe)
-        self.fill(len(probe), lambda i: probe[i], 2)
         order = torch.arange(len(probe)).flip(0)
         try:
+            self.fill(len(probe), lambda i: probe[i], 2)
             with self.images(order):
-                reused = _run(self.model, probe[order])
-        except RuntimeError:
+                reused = _run(self.model, self.blank_input(probe, len(order)))
+        except Exception:  # the model may refuse wrong shapes in its own words
             return False
         finally:
             self.store.clear()
-        return torch.allclose(reused, truth[order.to(truth.device)], atol=TOLERANCE, rtol=TOLERANCE)
+        truth = truth[order.to(truth.device)]
+        return reused.shape == truth.shape and torch.allclose(reused, truth, atol=TOLERANCE, rtol=TOLERANCE)
 
     def _answered(self, answer: Callable[[_Frozen], Tensor], batch: Tensor) -> Tensor:
         try:
@@ -105,7 +115,7 @@ class PrefixReuse:
 
     def _restore(self) -> None:
         for f in self.frozen:
-            f.module.__dict__.pop("forward", None)
+            f.restore()
 
     def fill(self, images: int, batch_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
         """Run the frozen part over all images and keep what is needed.
@@ -117,7 +127,7 @@ class PrefixReuse:
         kept: dict[str, list[Tensor]] = {name: [] for name in self.needed}
 
         def keep(name: str):
-            return lambda _module, _inputs, output: kept[name].append(output.detach())
+            return lambda _module, _inputs, output: kept[name].append(output.detach().clone())
 
         handles = [f.module.register_forward_hook(keep(f.name)) for f in self.frozen if f.name in self.needed]
         try:
@@ -168,8 +178,7 @@ def _run(model: nn.Module, batch: Tensor) -> Tensor:
 def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]:
     """Modules, as large as possible, that finish before `first` is called; called once, returning one tensor per image."""
     names = {module: name for name, module in model.named_modules()}
-    starts: dict[str, int] = {}
-    finished: list[tuple[str, Any]] = []
+    finished: list[tuple[str, Tensor | None]] = []
     reached = [False]
     counts: dict[str, int] = {}
 
@@ -177,11 +186,10 @@ def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]
         name = names[module]
         counts[name] = counts.get(name, 0) + 1
         reached[0] |= name == first
-        starts[name] = len(finished)
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         if not reached[0]:
-            finished.append((names[module], output))
+            finished.append((names[module], output.detach().clone() if isinstance(output, Tensor) else None))
 
     handles = [
         h
@@ -194,14 +202,19 @@ def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]
     finally:
         for handle in handles:
             handle.remove()
-    done = {name for name, _ in finished}
+    usable = {
+        name: output
+        for name, output in finished
+        if output is not None
+        and output.is_floating_point()
+        and output.numel() > 0
+        and output.ndim > 0
+        and output.shape[0] % len(probe) == 0
+        and counts[name] == 1
+    }
     modules = dict(model.named_modules())
-    frozen = []
-    for name, output in finished:
-        inside = any(name.startswith(f"{other}.") for other in done)
-        whole = (
-            isinstance(output, Tensor) and output.ndim > 0 and output.shape[0] % len(probe) == 0 and output.shape[0] > 0
-        )
-        if not inside and whole and counts[name] == 1 and output.is_floating_point():
-            frozen.append(_Frozen(name, modules[name], output.detach(), output.shape[0] // len(probe)))
-    return frozen
+    return [
+        _Frozen(name, modules[name], output, output.shape[0] // len(probe))
+        for name, output in usable.items()
+        if not any(name.startswith(f"{other}.") for other in usable)
+    ]
