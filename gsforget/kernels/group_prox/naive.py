@@ -52,7 +52,7 @@ def prox_group_lasso(z: Tensor, d: Tensor, strengths: Tensor, lengths: Tensor) -
         float64 [n]; groups with ||d z|| <= s_g are exactly zero.
     """
     dz = group_sum((d * z) ** 2, lengths).sqrt()
-    alive = dz > strengths
+    alive = ~(dz <= strengths)  # NaN stays alive, and is seen
     largest = torch.segment_reduce(d, "max", lengths=lengths, axis=0)
     theta = ((dz - strengths) / largest).clamp_min(0)
     theta = torch.where(alive, theta, torch.ones_like(theta))
@@ -63,7 +63,7 @@ def prox_group_lasso(z: Tensor, d: Tensor, strengths: Tensor, lengths: Tensor) -
         g2, g3 = group_sum(ratio, lengths), group_sum(ratio / denominator, lengths)
         theta = torch.where(alive, theta + g2 / g3 * (g2.sqrt() - 1), theta)
     wide = _spread(theta, lengths)
-    return torch.where(_spread(alive, lengths), z * wide / (wide + shift), torch.zeros_like(z))
+    return torch.where(_spread(alive, lengths), z * (wide / (wide + shift)), torch.zeros_like(z))
 
 
 def proximal_adam_step(
