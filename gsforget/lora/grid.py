@@ -18,6 +18,7 @@ from torch import Tensor
 from gsforget.errors import RequestError, SafetyError
 
 LIMIT = 32767
+FARTHEST = 400  # powers of two: beyond what float32 factors need, and a product far from float64's limits
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GridFactors:
 
     def product(self) -> Tensor:
         """The exact product D, float64 [out, in].  Raises SafetyError where exactness cannot be shown."""
-        exponents = (self.ea + self.eb).to(torch.int64)
+        exponents = self.ea.to(torch.int64) + self.eb
         low = int(exponents.min()) if len(exponents) else 0
         spread = int(exponents.max()) - low if len(exponents) else 0
         if 30 + spread + math.ceil(math.log2(max(1, len(exponents)))) > 53:
@@ -92,11 +93,25 @@ def _round(values: Tensor) -> Tensor:
 
 def merge(weight: Tensor, factors: GridFactors) -> Tensor:
     """round(W + D) at the precision of W: one rounding, on the CPU, the same on every machine."""
-    return (weight.detach().cpu().to(torch.float64) + factors.product()).to(weight.dtype)
+    return _round_once(weight.detach().cpu().to(torch.float64) + factors.product(), weight.dtype)
+
+
+def _round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest even.  Torch goes from float64 to 16 bits by way of float32; that step rounds to odd, so only the last counts."""
+    single = exact.float()
+    if dtype in (torch.float16, torch.bfloat16):
+        back = single.double()
+        single = ((single.view(torch.int32) - (back.abs() > exact.abs()).int()) | (back != exact).int()).view(
+            torch.float32
+        )
+    return exact.to(dtype) if dtype == torch.float64 else single.to(dtype)
 
 
 def read_delta(path: Path) -> dict[str, GridFactors]:
-    """Read `delta.safetensors`: grid factors by parameter name."""
+    """Read `delta.safetensors`: grid factors by parameter name.
+
+    Raises RequestError where there is no readable file, SafetyError where it does not hold grid factors.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -107,4 +122,21 @@ def read_delta(path: Path) -> dict[str, GridFactors]:
             f"{path} cannot be read ({error}).", "It may have been purged or damaged.", "no_delta"
         ) from error
     names = sorted({key.rsplit("::", 1)[0] for key in raw})
-    return {n: GridFactors(*(raw[f"{n}::{k}"] for k in ("a", "b", "ea", "eb"))) for n in names}
+    return {n: _checked(n, [raw.get(f"{n}::{k}") for k in ("a", "b", "ea", "eb")], path) for n in names}
+
+
+def _checked(name: str, tensors: list[Tensor | None], path: Path) -> GridFactors:
+    a, b, ea, eb = tensors
+    fits = (
+        a is not None and b is not None and ea is not None and eb is not None
+        and a.dtype == b.dtype == torch.int16 and ea.dtype == eb.dtype == torch.int32
+        and a.ndim == b.ndim == 2 and (len(a),) == (b.shape[1],) == ea.shape == eb.shape
+        and all(e.abs().max() <= FARTHEST for e in (ea, eb) if len(e))
+    )  # fmt: skip
+    if not fits:
+        raise SafetyError(
+            f"{path} does not hold int16 factors with their exponents for {name}.",
+            "The delta file is damaged or was not written by gsforget.",
+            "bad_delta",
+        )
+    return GridFactors(a, b, ea, eb)  # type: ignore[arg-type]
