@@ -112,7 +112,7 @@ def _record(model: nn.Module, example: Tensor) -> tuple[list[_Call], Any, list[A
         return note
 
     required = {n: p.requires_grad for n, p in model.named_parameters()}
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_hook(hook(name)))
@@ -132,7 +132,8 @@ def _record(model: nn.Module, example: Tensor) -> tuple[list[_Call], Any, list[A
             handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
     return calls, as_logits(output).grad_fn, [kept, output]
 
 
