@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str = CONFIG) -> ModelConfig:
+        if not isinstance(raw, dict):
+            raise RequestError(
+                f"{where} does not hold a JSON object.", "Restore it from the original model.", "bad_config"
+            )
         known = {f.name: f for f in dataclasses.fields(cls)}
         missing = [
             n
@@ -79,7 +85,7 @@ class ModelConfig:
                 "Write these fields, or name a timm model and a checkpoint with --model NAME --checkpoint FILE.",
                 "bad_config",
             )
-        if raw.get("format", FORMAT) > FORMAT:
+        if raw.get("format", FORMAT) not in range(FORMAT + 1):
             raise RequestError(
                 f"{where} has format {raw['format']}, newer than this gsforget reads ({FORMAT}).",
                 "Update gsforget: pip install --upgrade gsforget.",
@@ -88,7 +94,33 @@ class ModelConfig:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) and k != "class_names" else v for k, v in raw.items() if k in known
         }
+        wrong = [n for n, right in _SHAPES.items() if n in values and not right(values[n])]
+        if wrong:
+            raise RequestError(
+                f"{where}: {wrong[0]} cannot be {json.dumps(raw[wrong[0]])[:60]}.",
+                "Compare with the config.json of a run folder.",
+                "bad_config",
+            )
         return cls(**values)
+
+
+def _numbers(count: int | None = None, kind: type | tuple[type, ...] = (int, float)) -> Callable[[Any], bool]:
+    return lambda v: (
+        isinstance(v, tuple) and (count in (None, len(v))) and all(isinstance(x, kind) and x is not True for x in v)
+    )
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "architecture": lambda v: isinstance(v, str) and bool(v),
+    "model_kwargs": lambda v: isinstance(v, dict),
+    "class_names": lambda v: isinstance(v, list) and bool(v) and all(isinstance(x, str) for x in v),
+    "input_size": _numbers(3, int),
+    "mean": _numbers(),
+    "std": _numbers(),
+    "forgotten": _numbers(None, int),
+    "crop_pct": lambda v: isinstance(v, (int, float)) and v > 0,
+    "sequence": lambda v: isinstance(v, int) and v >= 0,
+}
 
 
 def is_model_folder(path: Path) -> bool:
@@ -106,7 +138,7 @@ def read_config(folder: Path) -> ModelConfig:
             "no_model",
         )
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RequestError(
             f"{path} is not valid JSON ({error}).", "Restore it from the original model.", "bad_config"
@@ -125,8 +157,9 @@ def build_model(config: ModelConfig, trust_code: bool = False) -> nn.Module:
             )
         module_name, _, factory = config.architecture.partition(":")
         try:
-            build = getattr(importlib.import_module(module_name), factory)
-        except (ImportError, AttributeError) as error:
+            module: Any = importlib.import_module(module_name)
+            build = functools.reduce(getattr, factory.split("."), module)
+        except (ImportError, AttributeError, ValueError) as error:
             raise RequestError(
                 f"{config.architecture} cannot be imported ({error}).",
                 "Check the import path in config.json.",
@@ -152,7 +185,9 @@ def save_model(state: dict[str, Any], config: ModelConfig, folder: Path) -> None
     """Write a model folder's two files, flushed to disk.  The folder must exist; callers publish it by renaming."""
     from safetensors.torch import save
 
-    write_file(folder / WEIGHTS, save({k: v.detach().cpu().contiguous() for k, v in state.items()}, {"format": "pt"}))
+    # Copies, because safetensors refuses tensors that share memory (tied weights).
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    write_file(folder / WEIGHTS, save(plain, {"format": "pt"}))
     write_file(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
 
 
