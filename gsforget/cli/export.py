@@ -26,7 +26,7 @@ class Backend(StrEnum):
 
 def export(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder or a model folder; default: the newest run.")
+        Path | None, typer.Argument(metavar="RUN", help="A run folder or a model folder; default: the newest run.")
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file whose weights keep their names.")] = False,
     trt: Annotated[bool, typer.Option("--trt", help="A TensorRT engine.")] = False,
@@ -81,7 +81,7 @@ def export(
         emit_json(made)
     first = next((a for a in made["artifacts"] if a["kind"] == "onnx"), None)
     if first is None:
-        next_command("gsforget export --onnx", "trtexec --loadEngine=ENGINE on the device")
+        next_command(shlex.join(["gsforget", "export", *([str(run)] if run else []), "--onnx"]))
     else:
         next_command(f"gsforget infer {shlex.quote(first['path'])} IMAGE")
 

@@ -154,6 +154,9 @@ def test_refusals_before_any_work(run, tmp_path):
     assert "--onnx" in nothing.value.hint
     with pytest.raises(RequestError, match="int8"):
         export_model(run, onnx=True, precision="int8")
+    with pytest.raises(RequestError) as no_engine:
+        export_model(run, onnx=True, targets=("sm86",))
+    assert no_engine.value.hint == "Add --trt."
     with pytest.raises(RequestError, match="never change"):
         export_model(run, onnx=True, out=run)
     with pytest.raises(RequestError, match="MIN,OPT,MAX"):

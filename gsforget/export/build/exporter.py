@@ -71,6 +71,8 @@ def export_model(
         raise RequestError(
             "Nothing was asked for.", "Type gsforget export --onnx, or gsforget export --trt.", "no_kind"
         )
+    if targets and not trt:
+        raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
         raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
     folder = Path(run) if run is not None else newest_run()

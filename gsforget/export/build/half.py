@@ -165,7 +165,7 @@ def _halve_constants(graph: ir.Graph, nodes: list[ir.Node], keep: set[str]) -> N
 
     for name, value in graph.initializers.items():
         if value.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
-            if name not in keep:
+            if name not in keep and value.const_value is not None:
                 value.const_value = ir.tensor(round_constant(value.const_value.numpy()), name=name)
             value.dtype = ir.DataType.FLOAT16
     for node in nodes:

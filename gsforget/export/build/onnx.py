@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,13 @@ def _simplify(model: ir.Model, names: Any) -> None:
         graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
-    optimize_ir(model)
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns about each operator that it leaves as it is
+    try:
+        optimize_ir(model)
+    finally:
+        log.setLevel(level)
     for name, value in parked.items():
         graph.inputs.remove(value)
         if value.uses() or value.is_graph_output():
