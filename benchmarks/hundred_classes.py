@@ -1,0 +1,138 @@
+"""The same defaults on 100 classes: characters in real fonts, four requests of 20 classes in a row.
+
+    apt-get install fonts-noto-core fonts-cmu fonts-lato fonts-roboto-unhinted fonts-open-sans fonts-freefont-ttf \\
+        fonts-liberation fonts-linuxlibertine fonts-sil-gentium fonts-ebgaramond fonts-dejavu-extra fonts-firacode
+    python benchmarks/hundred_classes.py --dir characters     # set and model in 15 minutes, then a minute a request
+
+A stand-in, named as one: each class is a character, each image one font's drawing of it, fonts of the test images do not
+occur among the training images.  Cells are stored in `benchmarks/results/hundred_classes.json` as they are measured.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from forget_demo import ROOT, Store, cell, spread
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
+
+from gsforget.export.device.preprocess import Preprocess
+from gsforget.folder import ModelConfig, is_model_folder, save_model
+
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφψω&@#%?!$+*=<>"
+TRAIN_FONTS, TEST_FONTS = 60, 20
+SIZE = 28
+KWARGS = {"img_size": SIZE, "patch_size": 7, "embed_dim": 96, "depth": 8, "num_heads": 4, "in_chans": 1}
+ORDER_SEED = 1337  # the class order of the GS-LoRA release; classes are taken from the end
+SEEDS = (0, 1, 2)
+RESULTS = ROOT / "benchmarks" / "results" / "hundred_classes.json"
+
+
+def class_name(character: str) -> str:
+    return f"u{ord(character):04x}"
+
+
+def usable_fonts() -> list[Path]:
+    """Fonts that draw all 100 characters, no two of one name, in a seeded order."""
+    from fontTools.ttLib import TTFont, TTLibError
+
+    found = {}
+    for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
+        try:
+            covered = TTFont(path, lazy=True).getBestCmap() or {}
+        except TTLibError:
+            continue
+        if all(ord(c) in covered for c in CHARACTERS):
+            found.setdefault(path.stem, path)
+    fonts = [found[name] for name in sorted(found)]
+    random.Random(0).shuffle(fonts)
+    return fonts
+
+
+def draw(character: str, font: FreeTypeFont) -> Image.Image:
+    """White on black, centred, as large as the canvas allows."""
+    left, top, right, bottom = font.getbbox(character)
+    canvas = Image.new("L", (96, 96))
+    ImageDraw.Draw(canvas).text((48 - (left + right) / 2, 48 - (top + bottom) / 2), character, font=font, fill=255)
+    return canvas.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def make_images(root: Path) -> None:
+    fonts = usable_fonts()
+    if len(fonts) < TRAIN_FONTS + TEST_FONTS:
+        raise SystemExit(
+            f"{len(fonts)} fonts draw all characters, {TRAIN_FONTS + TEST_FONTS} are needed: install those above"
+        )
+    for number, path in enumerate(fonts[: TRAIN_FONTS + TEST_FONTS]):
+        font = ImageFont.truetype(str(path), 64)
+        for character in CHARACTERS:
+            folder = root / ("train" if number < TRAIN_FONTS else "test") / class_name(character)
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(character, font).save(folder / f"{path.stem}.png")
+
+
+def load_split(root: Path, names: list[str], prepare: Preprocess) -> tuple[torch.Tensor, torch.Tensor]:
+    files = [(p, i) for i, name in enumerate(names) for p in sorted((root / name).glob("*.png"))]
+    images = torch.from_numpy(np.stack([prepare.load(p) for p, _ in files]))
+    return images, torch.tensor([i for _, i in files])
+
+
+def train_model(data: Path, folder: Path, epochs: int = 60) -> None:
+    torch.manual_seed(0)
+    names = sorted(class_name(c) for c in CHARACTERS)
+    config = ModelConfig("vit_tiny_patch16_224", KWARGS, names, (1, SIZE, SIZE), (0.2,), (0.35,), "bilinear")
+    prepare = Preprocess.from_dict(config.to_json())
+    x, y = load_split(data / "train", names, prepare)
+    model = timm.create_model(config.architecture, num_classes=len(names), **KWARGS)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    steps = epochs * (len(x) // 100)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(x))[: len(x) // 100 * 100].split(100):
+            dy, dx = torch.randint(-2, 3, (2,)).tolist()
+            logits = model(torch.roll(x[rows], (dy, dx), (2, 3)))
+            loss = torch.nn.functional.cross_entropy(logits, y[rows], label_smoothing=0.1)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        print(f"epoch {epoch} loss {loss.item():.3f}", flush=True)
+    folder.mkdir(parents=True)
+    save_model(model.state_dict(), config, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("characters"))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--requests", type=int, default=4)
+    args = parser.parse_args()
+    if not (args.dir / "data" / "test").is_dir():
+        make_images(args.dir / "data")
+    if not is_model_folder(args.dir / "model"):
+        train_model(args.dir / "data", args.dir / "model")
+    order = sorted(class_name(c) for c in CHARACTERS)
+    random.Random(ORDER_SEED).shuffle(order)
+    requests = [tuple(order[80 - 20 * n : 100 - 20 * n]) for n in range(args.requests)]
+    store = Store(RESULTS, False)
+    for seed in SEEDS[: args.seeds]:
+        folder = args.dir / "model"
+        for n, classes in enumerate(requests):
+            key = f"{seed}/{n}"
+            store.measure(key, cell, folder, args.dir / "data", classes, args.dir / f"runs-{seed}", seed=seed)
+            row = store.content["cells"][key]
+            if row["folder"] is None or row["verdict"] != "pass":
+                break
+            folder = Path(row["folder"])
+    for n in range(args.requests):
+        rows = [row for key, row in store.content["cells"].items() if key.endswith(f"/{n}")]
+        if rows:
+            keys = ("forget_acc_after", "retain_drop", "h_mean", "h_ideal", "active", "train_seconds")
+            print(f"request {n + 1}:", {k: spread([r[k] for r in rows]) for k in keys})
+
+
+if __name__ == "__main__":
+    main()
