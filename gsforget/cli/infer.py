@@ -47,7 +47,8 @@ def infer(
     if model.is_dir():
         next_command(f"gsforget export {shlex.quote(str(model))} --onnx")
     else:
-        again = shlex.join(["gsforget", "infer", str(model), *map(str, images)])
+        named = images if len(images) <= 3 else sorted({path.parent if path.is_file() else path for path in images})
+        again = shlex.join(["gsforget", "infer", str(model), *map(str, named)])
         next_command(f"{again} --json > predictions.json")
 
 
