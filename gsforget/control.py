@@ -75,10 +75,14 @@ class StrengthControl:
         if not self.fixed:
             alive = int((active & ~zero).sum())
             self.strength *= GROWTH if alive > self.target else DECAY
-            # Never so strong that fewer groups than asked for would survive the next step.
-            keep = torch.topk(critical, min(self.target, len(critical))).values[-1].item()
-            self.strength = min(self.strength, 0.9 * keep) if keep > 0 else self.strength
+            self.bound(critical)
         return torch.nonzero(self.zero_for >= PATIENCE).flatten().tolist()
+
+    def bound(self, critical: Tensor) -> None:
+        """Never so strong that fewer groups than asked for would survive the next step: a group at zero stays there."""
+        keep = torch.topk(critical, min(self.target, len(critical))).values[-1].item()
+        if not self.fixed and keep > 0:
+            self.strength = min(self.strength, 0.9 * keep)
 
 
 @dataclass(frozen=True)

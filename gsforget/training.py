@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gsforget import control
 from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
-from gsforget.errors import GsforgetError
-from gsforget.kernels.group_prox import ProxStep, proximal_adam_step
+from gsforget.errors import GsforgetError, RequestError
+from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups
 from gsforget.prefix import PrefixReuse
@@ -156,10 +156,7 @@ class Loop:
     def _select(self) -> None:
         target = self.control.target
         while len(self._alive()) > target and self.step < control.SELECT_LIMIT:
-            warm = self.step < control.WARMUP
-            losses, result = self._train_step(self.settings.lr, 0.0 if warm else self.control.strength)
-            if not warm:
-                self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
+            losses = self._train_step(self.settings.lr)
             self._report("select", losses, None)
 
     def _settle_until_satisfied(self) -> int:
@@ -169,30 +166,37 @@ class Loop:
         limit = control.STAGES if len(self.val) else control.STAGES_UNSEEN
         for stage in range(1, 2 if s.epochs is not None else limit + 1):
             for k in range(length):
-                losses, result = self._train_step(s.lr * (1 - k / length), self.control.strength)
-                self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
+                losses = self._train_step(s.lr * (1 - k / length))
                 self._report("settle", losses, k / length)
             if len(self.val) and self._watch().satisfied(s.max_forget_acc, s.max_retain_drop):
                 break
         return stage
 
-    def _train_step(self, lr: float, strength: float) -> tuple[Losses, ProxStep]:
+    def _train_step(self, lr: float) -> Losses:
+        warm = self.step < control.WARMUP
         losses = self._losses(self._draw_batch())
-        if not torch.isfinite(losses.total):
-            raise GsforgetError(
-                f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
-                f"Lower the step size: --lr {self.settings.lr / 5:g}.",
-                "diverged",
-            )
         self.groups.grad.zero_()
         losses.total.backward()
         self.step += 1
         g = self.groups
         result = proximal_adam_step(
-            g.flat, g.grad, self.exp_avg, self.exp_avg_sq, self.lengths, g.weights, g.active, self.step, lr, strength
+            g.flat,
+            g.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.lengths,
+            g.weights,
+            g.active,
+            self.step,
+            lr,
+            0.0 if warm else self.control.strength,
         )
         self.trained.norms.append(result.norms.tolist())
-        return losses, result
+        if warm:
+            self.control.bound(result.critical)
+        else:
+            self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
+        return losses
 
     def _remove(self, dead: list[int]) -> None:
         """Take dead groups out of training.  Both factors are zero, so their gradients vanish: they stay dead anyway."""
@@ -202,6 +206,12 @@ class Loop:
             self.groups.retire(dead)
         else:
             self.groups.active[dead] = False
+        if not self._alive():
+            raise RequestError(
+                f"The group penalty removed every group by step {self.step}: nothing is left to train.",
+                "Leave out --prox, or give a smaller one.",
+                "all_groups_removed",
+            )
 
     def _alive(self) -> list[int]:
         return self.groups.active_indices()
@@ -245,9 +255,16 @@ class Loop:
 
     def _losses(self, rows: Tensor) -> Losses:
         here = rows.to(self.device)
-        return self.task.losses(
+        losses = self.task.losses(
             self._outputs(rows), self.targets[here], self.labels[here], self.forget[rows].to(self.device)
         )
+        if not torch.isfinite(losses.total):
+            raise GsforgetError(
+                f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
+                f"Lower the step size: --lr {self.settings.lr / 5:g}.",
+                "diverged",
+            )
+        return losses
 
     def _watch(self) -> Watch:
         right = self.task.correct(self.outputs_of(self.val), self.labels[self.val.to(self.device)]).cpu()
