@@ -124,6 +124,13 @@ class _Session:
         self.retained = [i for i in range(len(source.names)) if i not in wanted and i not in source.erased]
         torch.manual_seed(request.settings.seed)
         self.test, self.images = self._read_images(load)
+        half = [n for n, p in source.model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
+        if half:
+            raise RequestError(
+                f"Tensor {half[0]} and {len(half) - 1} more are not float32.",
+                "Convert the model first: model.float().",
+                "not_float32",
+            )
         self.model = source.model.to(self.device).eval()
         self.original = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 

@@ -92,19 +92,15 @@ def _round(values: Tensor) -> Tensor:
 
 
 def merge(weight: Tensor, factors: GridFactors) -> Tensor:
-    """round(W + D) at the precision of W: one rounding, on the CPU, the same on every machine."""
-    return _round_once(weight.detach().cpu().to(torch.float64) + factors.product(), weight.dtype)
+    """round(W + D) of a float32 weight: one rounding, on the CPU, the same on every machine.
 
-
-def _round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest even.  Torch goes from float64 to 16 bits by way of float32; that step rounds to odd, so only the last counts."""
-    single = exact.float()
-    if dtype in (torch.float16, torch.bfloat16):
-        back = single.double()
-        single = ((single.view(torch.int32) - (back.abs() > exact.abs()).int()) | (back != exact).int()).view(
-            torch.float32
+    Half precision belongs to the export's chain: torch would round float64 to float16 twice.
+    """
+    if weight.dtype != torch.float32:
+        raise RequestError(
+            f"The weights are {weight.dtype}, not float32.", "Convert the model first: model.float().", "not_float32"
         )
-    return exact.to(dtype) if dtype == torch.float64 else single.to(dtype)
+    return (weight.detach().cpu().to(torch.float64) + factors.product()).to(torch.float32)
 
 
 def read_delta(path: Path) -> dict[str, GridFactors]:
