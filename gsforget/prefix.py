@@ -9,6 +9,7 @@ answer with blanks.  The plan is checked on other images before it is used, and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from gsforget.lora.blocks import as_logits
 
 TOLERANCE = 1e-4
+
+
+class _Reached(Exception):
+    """The first layer that trains is about to run: all frozen outputs are known."""
 
 
 @dataclass
@@ -52,8 +57,9 @@ class PrefixReuse:
     Use `PrefixReuse.plan(...)`, then `fill` once, then `with reuse.images(indices): model(blank)`.
     """
 
-    def __init__(self, model: nn.Module, frozen: list[_Frozen], needed: list[str]):
+    def __init__(self, model: nn.Module, first: str, frozen: list[_Frozen], needed: list[str]):
         self.model = model
+        self.first = first
         self.frozen = frozen
         self.needed = needed
         self.store: dict[str, Tensor] = {}
@@ -72,7 +78,7 @@ class PrefixReuse:
         frozen = _record_frozen(model, first, probe[:half])
         truth = _run(model, probe[:half])
         while frozen:
-            plan = cls(model, frozen, [])
+            plan = cls(model, first, frozen, [])
             plan.needed = [f.name for f in frozen if plan._matters(f, probe[:half], truth)]
             size = sum(f.recorded.nbytes for f in frozen if f.name in plan.needed) / half * images
             if size <= budget and plan._holds(probe):
@@ -118,26 +124,32 @@ class PrefixReuse:
             f.restore()
 
     def fill(self, images: int, batch_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
-        """Run the frozen part over all images and keep what is needed.
+        """Run the frozen part, and no more, over all images and keep what is needed.
 
         Args:
             images: number of images N.
             batch_of: maps int64 indices [B] to images [B, C, H, W].
         """
-        kept: dict[str, list[Tensor]] = {name: [] for name in self.needed}
+        needed = [f for f in self.frozen if f.name in self.needed]
+        self.store = {f.name: f.recorded.new_empty((images, f.rows, *f.recorded.shape[1:])) for f in needed}
+        place = slice(0)
 
-        def keep(name: str):
-            return lambda _module, _inputs, output: kept[name].append(output.detach().clone())
+        def keep(f: _Frozen):
+            return lambda _module, _inputs, output: self.store[f.name][place].copy_(output.unflatten(0, (-1, f.rows)))
 
-        handles = [f.module.register_forward_hook(keep(f.name)) for f in self.frozen if f.name in self.needed]
+        def stop(*_: Any) -> None:
+            raise _Reached
+
+        handles: list[Any] = [f.module.register_forward_hook(_quietly(keep(f))) for f in needed]
+        handles.append(self.model.get_submodule(self.first).register_forward_pre_hook(stop))
         try:
             for indices in torch.arange(images).split(batch_size):
-                _run(self.model, batch_of(indices))
+                place = slice(int(indices[0]), int(indices[-1]) + 1)
+                with contextlib.suppress(_Reached):
+                    _run(self.model, batch_of(indices))
         finally:
             for handle in handles:
                 handle.remove()
-        rows = {f.name: f.rows for f in self.frozen}
-        self.store = {n: torch.cat([t.unflatten(0, (-1, rows[n])) for t in parts]) for n, parts in kept.items()}
 
     def images(self, indices: Tensor) -> _Answering:
         """Context in which the model answers for the kept images `indices` (int64 [B]), whatever it is fed."""
@@ -164,6 +176,15 @@ class _Answering:
 
     def __exit__(self, *_: Any) -> None:
         self.reuse._restore()
+
+
+def _quietly(note: Callable[..., Any]) -> Callable[..., None]:
+    """A forward hook that leaves the output as it is."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        note(module, inputs, output)
+
+    return hook
 
 
 def _constant(answer: Callable[[_Frozen], Tensor], f: _Frozen) -> Callable[..., Tensor]:
