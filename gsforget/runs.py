@@ -29,11 +29,11 @@ def check_out(out: Path) -> None:
             "Give another --out, or leave it out: runs are numbered by themselves.",
             "out_exists",
         )
-    _check_writable(out.absolute().parent)
+    check_writable(out.absolute().parent)
 
 
-def _check_writable(folder: Path) -> None:
-    """The folder, or the nearest parent that exists, must take new entries."""
+def check_writable(folder: Path) -> None:
+    """RequestError ``out_not_writable`` unless the folder, or the nearest parent that exists, takes new entries."""
     there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "is not writable" if there.is_dir() else "is not a folder"
@@ -62,8 +62,10 @@ def publish(write: Callable[[Path], None], root: Path = ROOT, out: Path | None =
     if out is not None:
         check_out(out)
     else:
-        _check_writable(root.absolute())
+        check_writable(root.absolute())
     temporary = parent / f".gsforget-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    absent = [p for p in (parent, *parent.parents) if not p.exists()]
+    final = None
     try:
         temporary.mkdir(parents=True)
         _remove_stale(parent)
@@ -80,6 +82,10 @@ def publish(write: Callable[[Path], None], root: Path = ROOT, out: Path | None =
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if final is None:
+            with contextlib.suppress(OSError):  # what another process has filled meanwhile stays
+                for folder in absent:
+                    folder.rmdir()
     _flush_folder(parent)
     return final
 
