@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -94,21 +95,31 @@ def forget(
     Raises:
         RequestError: the request, model or data do not fit.
     """
-    from gsforget.runs import check_out
+    from gsforget.runs import check_out, check_writable
 
     started = time.perf_counter()
     report = progress or (lambda _event: None)
+    check_numbers(request)
     if out is not None:
         check_out(out)
+    elif runs is not None:
+        check_writable(runs.absolute())
     if source.folder:
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
     wanted = resolve_classes(request.classes, source.names, source.erased)
-    session = _Session(source, data, request, load, wanted)
-    report({"stage": "before"})
-    session.measure_before()
-    trained = session.train(report)
-    report({"stage": "merge"})
-    evidence = session.merge_and_measure(trained)
+    required = {name: p.requires_grad for name, p in source.model.named_parameters()}
+    try:
+        session = _Session(source, data, request, load, wanted)
+        report({"stage": "before"})
+        session.measure_before()
+        trained = session.train(report)
+        report({"stage": "merge"})
+        evidence = session.merge_and_measure(trained)
+    finally:
+        for name, p in source.model.named_parameters():
+            p.requires_grad_(required[name])
+    if not evidence.passed:
+        source.model.load_state_dict(session.original)
     return _publish(evidence, runs, out, started)
 
 
@@ -157,8 +168,22 @@ class _Session:
         return test, images
 
     def measure_before(self) -> None:
+        import torch
+
+        from gsforget.lora.blocks import find_feed_forward
+
+        # Refuses a model without feed-forward networks before all images are run.
+        find_feed_forward(self.model, self.test.batch(torch.arange(min(2, len(self.test)))).to(self.device))
         self.labels = self.test.labels.numpy()
-        self.said_before = predict(self._test_logits())
+        logits = self._test_logits()
+        if logits.shape[1:] != (len(self.source.names),):
+            raise RequestError(
+                f"The model's logits have shape {list(logits.shape)}; {len(self.source.names)} classes need "
+                f"[{len(logits)}, {len(self.source.names)}].",
+                "Give all class names in the model's index order.",
+                "class_count",
+            )
+        self.said_before = predict(logits)
         active = sorted(self.wanted + self.retained)
         confusion = confusion_matrix(self.labels, self.said_before, len(self.source.names))
         check_plausible(confusion, active, self.source.names)
@@ -177,7 +202,12 @@ class _Session:
         forget = torch.from_numpy(of_classes(self.images.labels, self.wanted))
         self.bound = default_bound(count) if settings.bnd is None else settings.bnd
         task = Classification(count, tuple(self.wanted), tuple(self.erased), self.bound)
-        return Loop(self.model, task, self.images, train, val, forget, settings, report).run()
+        loop = Loop(self.model, task, self.images, train, val, forget, settings, report)
+        try:
+            return loop.run()
+        except BaseException:  # the module may be the caller's: take the hooks off, also after Ctrl-C
+            loop.groups.detach()
+            raise
 
     def merge_and_measure(self, trained: Trained) -> Evidence:
         """Put the factors on the grid, merge them, and measure the merged weights; nothing else is ever measured."""
@@ -272,6 +302,34 @@ def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: f
         document["artifacts"] = {"model": str(folder / WEIGHTS)}
         document["sha256"] = {"model": sha256(folder / WEIGHTS)}
     return outcome
+
+
+def check_numbers(request: Request) -> None:
+    """Refuse numbers that no run could use.  Raises RequestError ``bad_number`` naming the option."""
+    s, t = request.settings, request.thresholds
+    above_zero, not_negative = "be greater than 0", "not be negative"
+    rules = [
+        ("--shots", request.shots, 1, "be at least 1"),
+        ("--rank", s.rank, 1, "be at least 1"),
+        ("--batch-size", s.batch_size, 1, "be at least 1"),
+        ("--target-groups", s.target_groups, 1, "be at least 1"),
+        ("--lr", s.lr, math.ulp(0), above_zero),
+        ("--epochs", s.epochs, math.ulp(0), above_zero),
+        ("--prox", s.prox, 0, not_negative),
+        ("--bnd", s.bnd, 0, not_negative),
+        ("--seed", s.seed, 0, not_negative),
+        ("--max-forget-acc", t.max_forget_acc, -math.inf, ""),
+        ("--max-retain-drop", t.max_retain_drop, -math.inf, ""),
+        ("--max-class-drop", t.max_class_drop, -math.inf, ""),
+    ]
+    for option, value, least, must in rules:
+        if value is None:
+            continue
+        if not math.isfinite(value) or value >= 2**63:
+            must = "be a finite number below 2^63"
+        elif value >= least:
+            continue
+        raise RequestError(f"{option} is {value}; it must {must}.", f"Change {option}, or leave it out.", "bad_number")
 
 
 def pick_device(name: str) -> torch.device:
