@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsforget.errors import RequestError
+from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import ModelConfig, load_model
+from gsforget.ledger import HINT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,8 +87,7 @@ def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any
     model, config = load_model(path, trust_code)
     if given:
         config = _override(config, given)
-    request = path / "request.json"
-    history = json.loads(request.read_text()) if request.is_file() else {}
+    history = _read_request(path / "request.json")
     names = class_names or history.get("names") or config.class_names
     if len(names) != config.num_classes:
         raise RequestError(
@@ -97,6 +97,19 @@ def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any
         )
     erased = {int(k): v for k, v in history.get("erased", {}).items()} or {i: names[i] for i in config.forgotten}
     return Source(model, config, names, erased, path)
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    """request.json of a run folder; an original model has none.  Raises SafetyError where it is not as it was written."""
+    if not path.is_file():
+        return {}
+    try:
+        request = json.loads(path.read_bytes())
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise SafetyError(f"{path} is not the JSON object that it was.", HINT, "broken_ledger")
+    return request
 
 
 def _override(config: ModelConfig, given: dict[str, Any]) -> ModelConfig:
