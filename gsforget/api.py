@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def forget(
     model: str | Path | nn.Module,
     data: str | Path,
-    classes: Sequence[str],
+    classes: str | int | Sequence[str | int],
     *,
     checkpoint: str | Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
@@ -45,7 +45,7 @@ def forget(
     Args:
         model: a model or run folder, a timm name, or any module that maps images [B, C, H, W] to logits [B, K].
         data: image folder with `train/<class>/*` and `test/<class>/*` (or `val`).
-        classes: names, or 0-based indices as text.
+        classes: names, or 0-based indices; one alone may be given without a list.
         class_names: names in index order; default: the model folder's, else the sorted folders of the data.
         preprocessing: for a module: `input_size` (C, H, W), `mean`, `std`, and optionally `interpolation`, `crop_pct`,
             `crop_mode`; for timm names: overrides `img_size`, `mean`, `std`, `crop_pct`, `interpolation`.
@@ -55,7 +55,7 @@ def forget(
 
     Returns:
         Outcome with the JSON document, the metrics, the run folder and the merged state dict.  A module that was
-        passed in carries the erased weights afterwards.
+        passed in is in eval mode afterwards and carries the erased weights, or its own where a gate was breached.
 
     Raises:
         RequestError, SafetyError: see `gsforget.errors`.
@@ -74,7 +74,7 @@ def forget(
         trust_code=trust_code,
     )
     request = forgetting.Request(
-        list(classes),
+        [str(c) for c in ([classes] if isinstance(classes, (str, int)) else classes)],
         forgetting.with_budget(settings or Settings(), forgetting.pick_device(device)),
         thresholds or forgetting.Thresholds(),
         shots,
@@ -144,8 +144,18 @@ def source_of_module(
             "Pass preprocessing={'input_size': (3, 224, 224), 'mean': (0.5,), 'std': (0.5,)}.",
             "no_preprocessing",
         )
+    unknown = sorted(preprocessing.keys() - {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
+    if unknown:
+        raise RequestError(
+            f"There is no preprocessing called {', '.join(unknown)}.",
+            "The fields are input_size, mean, std, interpolation, crop_pct and crop_mode.",
+            "no_preprocessing",
+        )
     channels = preprocessing["input_size"][0]
-    fields = {k: tuple(v) * (channels if len(v) == 1 else 1) for k, v in preprocessing.items() if k in ("mean", "std")}
+    values = {
+        k: (v,) if isinstance(v, (int, float)) else tuple(v) for k, v in preprocessing.items() if k in ("mean", "std")
+    }
+    fields = {k: v * (channels if len(v) == 1 else 1) for k, v in values.items()}
     config = ModelConfig(
         architecture=architecture or f"{type(model).__module__}:{type(model).__qualname__}",
         model_kwargs={},
