@@ -28,13 +28,17 @@ def plot_run(
         active: groups that are not zero at the end.
         said_before, said_after: int64 [N], predicted class of each forgotten test image.
     """
+    import warnings
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_norms(left, np.asarray(norms), group_names, set(active))
     _draw_answers(right, said_before, said_after, class_names, set(forgotten))
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # class names in an alphabet that the font lacks
+        figure.savefig(path, dpi=130)
 
 
 def _draw_norms(axes, norms: np.ndarray, names: Sequence[str], active: set[int]) -> None:
@@ -64,7 +68,7 @@ def _draw_answers(axes, before: np.ndarray, after: np.ndarray, names: Sequence[s
     rows = np.arange(len(order))
     axes.barh(rows - 0.2, counts[0, order], 0.38, color=GREY, label="before")
     axes.barh(rows + 0.2, counts[1, order], 0.38, color=BLUE, label="after")
-    axes.set_yticks(rows, [names[i] for i in order])
+    axes.set_yticks(rows, [names[i] for i in order], parse_math=False)
     for tick, index in zip(axes.get_yticklabels(), order):
         if index in forgotten:
             tick.set_color(RED)
