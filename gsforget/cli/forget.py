@@ -148,6 +148,11 @@ def show(outcome: Any) -> None:
     for gate in metrics["gates"]:
         if not gate["passed"]:
             say(f"Gate breached: {gate['name']} is {gate['value']:.2f}, at most {gate['threshold']:g} is allowed.")
+    dropped = metrics["dropped_images"]
+    for path in dropped[:5]:
+        say(f"Left out, because it cannot be read: {path}")
+    if len(dropped) > 5:
+        say(f"… and {len(dropped) - 5} more, listed in metrics.json.")
     if outcome.passed:
         say(f"Passed. The model without these classes is in {outcome.folder}.")
     else:
