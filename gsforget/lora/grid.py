@@ -127,7 +127,7 @@ def _checked(name: str, tensors: list[Tensor | None], path: Path) -> GridFactors
         a is not None and b is not None and ea is not None and eb is not None
         and a.dtype == b.dtype == torch.int16 and ea.dtype == eb.dtype == torch.int32
         and a.ndim == b.ndim == 2 and (len(a),) == (b.shape[1],) == ea.shape == eb.shape
-        and all(e.abs().max() <= FARTHEST for e in (ea, eb) if len(e))
+        and all(e.long().abs().max() <= FARTHEST for e in (ea, eb) if len(e))
     )  # fmt: skip
     if not fits:
         raise SafetyError(
