@@ -71,6 +71,12 @@ def load_source(
                 "two_sources",
             )
         return _from_folder(path, class_names, given, trust_code)
+    if path.is_file():
+        raise RequestError(
+            f"--model {model} is a file.",
+            f"Name the model that it was trained as, and the file apart: --model NAME --checkpoint {model}.",
+            "no_model",
+        )
     if "/" in model and "hub:" not in model:
         raise RequestError(
             f"There is no folder {model}.", "Give --model a model folder or a timm model name.", "no_model"
@@ -133,10 +139,21 @@ def _from_timm(
     from gsforget.checkpoint import apply_weights, read_weights
     from gsforget.models import create_timm, preprocessing_of
 
-    if "img_size" in given:
-        model_kwargs.setdefault("img_size", given["img_size"])
+    def create(classes: int | None, pretrained: bool = False) -> nn.Module:
+        nonlocal model_kwargs
+        if "img_size" in given and "img_size" not in model_kwargs:
+            try:
+                sized = {**model_kwargs, "img_size": given["img_size"]}
+                model = create_timm(name, classes, sized, pretrained)
+                model_kwargs = sized
+                return model
+            except RequestError as error:
+                if "unexpected keyword argument 'img_size'" not in error.message:
+                    raise  # else: the model takes images of any size
+        return create_timm(name, classes, model_kwargs, pretrained)
+
     if checkpoint is None:
-        model = create_timm(name, None, model_kwargs, pretrained=True)
+        model = create(None, pretrained=True)
         rows = model.num_classes
         if rows != len(names):
             raise RequestError(
@@ -146,7 +163,7 @@ def _from_timm(
             )
     else:
         state = read_weights(checkpoint)
-        model = create_timm(name, len(names), model_kwargs)
+        model = create(len(names))
         _check_head(model, state, len(names), checkpoint)
         apply_weights(model, state, checkpoint)
     config = ModelConfig(

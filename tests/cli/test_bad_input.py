@@ -356,7 +356,7 @@ def convolutional_network(o, world, cwd):
     model = timm.create_model("resnet18", num_classes=4)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, cwd / "resnet.safetensors")
     by_checkpoint(o, world, "resnet.safetensors")
-    o["model"] = "resnet18"
+    o |= {"model": "resnet18", "img_size": "32"}  # it has no size of its own
     del o["model_kwargs"]
 
 
@@ -372,6 +372,11 @@ def unknown_timm_model(o, world, cwd):
 @case("no_model", "models/absent", "folder")
 def missing_model_folder(o, world, cwd):
     o["model"] = "models/absent"
+
+
+@case("no_model", "weights.safetensors", "--checkpoint")
+def file_as_model(o, world, cwd):
+    o["model"] = world.checkpoint
 
 
 @case("no_model", "config.json", "runs/forget-0001")
