@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 START = 0.2  # share of the median force on a block's product that the first penalty balances
 GROWTH = 1.08  # of the strength per step while more groups are active than asked for
 DECAY = 0.9  # of the strength per step once they are not
+HOLD = 1.1  # times the strength at which a group just stays zero, which falls from step to step
 PATIENCE = 10  # steps for which a group must be zero before it counts as dead: Adam's first moment has decayed by then
 WARMUP = 20  # steps before the first penalty, so that Adam's second moment of every factor is known
 SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
@@ -74,7 +75,12 @@ class StrengthControl:
         self.zero_for = torch.where(zero, self.zero_for + 1, torch.zeros_like(self.zero_for))
         if not self.fixed:
             alive = int((active & ~zero).sum())
-            self.strength *= GROWTH if alive > self.target else DECAY
+            # Once enough groups are zero, no more than holds them there: the others would follow them by momentum.
+            holds = HOLD * torch.where(zero, critical, torch.zeros_like(critical)).max().item()
+            if alive > self.target:
+                self.strength *= GROWTH
+            else:
+                self.strength = min(DECAY * self.strength, holds or torch.inf)
             self.bound(critical)
         return torch.nonzero(self.zero_for >= PATIENCE).flatten().tolist()
 
