@@ -1,0 +1,280 @@
+"""The forgetting loop on a tiny ViT that has learned four separable classes in a second."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gsforget import control
+from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.errors import GsforgetError, RequestError
+from gsforget.lora.blocks import find_feed_forward
+from gsforget.lora.groups import LoRAGroups
+from gsforget.tasks.classify import Classification, default_bound
+from gsforget.training import Loop, Settings
+
+CLASSES, BEE = 4, 1
+
+
+@dataclass
+class Pixels:
+    """Images by index: one coarse pattern per class, and noise."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def batch(self, indices):
+        return self.pixels[indices]
+
+    @classmethod
+    def draw(cls, count: int, seed: int) -> "Pixels":
+        patterns = torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(99))
+        labels = torch.arange(count) % CLASSES
+        noise = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return cls(torch.nn.functional.interpolate(patterns, size=16)[labels] + 0.5 * noise, labels)
+
+
+def learned(depth: int):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        depth=depth,
+        embed_dim=24,
+        num_heads=2,
+        num_classes=CLASSES,
+    )
+    images = Pixels.draw(240, 0)
+    adam = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(14):
+        for rows in torch.randperm(240).split(40):
+            adam.zero_grad()
+            torch.nn.functional.cross_entropy(model(images.pixels[rows]), images.labels[rows]).backward()
+            adam.step()
+    model.eval()
+    assert accuracy(model, Pixels.draw(80, 7)) == [100] * CLASSES
+    return model
+
+
+@pytest.fixture(scope="session")
+def three_blocks():
+    return learned(3)
+
+
+@pytest.fixture(scope="session")
+def one_block():
+    return learned(1)
+
+
+@torch.no_grad()
+def accuracy(model, images) -> list[float]:
+    right = model(images.pixels).argmax(1) == images.labels
+    return [100 * right[images.labels == k].float().mean().item() for k in range(CLASSES)]
+
+
+def loop(model, count=160, validation=True, forget=(BEE,), images=None, progress=None, **options) -> Loop:
+    images = images or Pixels.draw(count, 1)
+    rows, cut = torch.arange(count), count * 4 // 5 if validation else count
+    task = Classification(CLASSES, forget, (), default_bound(CLASSES))
+    chosen = Settings(**{"rank": 4, "batch_size": 32, **options})
+    gone = torch.isin(images.labels, torch.tensor(forget))
+    return Loop(copy.deepcopy(model), task, images, rows[:cut], rows[cut:], gone, chosen, progress)
+
+
+@pytest.fixture(scope="session")
+def done(three_blocks):
+    """One finished run with the defaults; read-only."""
+    events = []
+    run = loop(three_blocks, progress=events.append)
+    before = {n: t.clone() for n, t in run.model.state_dict().items()}
+    run.run()
+    return run, before, events
+
+
+def test_forgets_one_class_and_keeps_the_rest(done):
+    run, _, _ = done
+    assert run.trained.watches[-1].forget <= 1
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert after[BEE] <= 1
+    assert min(after[:BEE] + after[BEE + 1 :]) >= 95
+
+
+def test_inactive_groups_are_exactly_zero_and_their_blocks_run_bare(done):
+    run, _, _ = done
+    groups = run.groups
+    active = groups.active_indices()
+    assert len(active) == default_target(3) == run.trained.chosen["target_groups"] == 1
+    for group, piece in enumerate(groups.flat.split(groups.lengths.tolist())):
+        assert bool(piece.any()) == (group in active)
+    hooked = {n for n, m in run.model.named_modules() if m._forward_hooks}
+    assert hooked == {n for g in active for n in groups.blocks[g].linears}
+
+
+def test_base_weights_are_bit_identical(done):
+    run, before, _ = done
+    after = run.model.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+    assert not [n for n, m in run.model.named_modules() if "forward" in m.__dict__]
+
+
+def test_what_the_run_says_of_itself(done):
+    run, _, events = done
+    trained, chosen = run.trained, run.trained.chosen
+    assert len(trained.norms) == chosen["steps"] > chosen["steps_select"] > control.WARMUP
+    assert trained.norms[-1] == pytest.approx(run.groups.norms().tolist(), rel=1e-5)
+    assert [e["step"] for e in events if e["stage"] in ("select", "settle")] == list(range(1, chosen["steps"] + 1))
+    assert len(chosen["reused_outputs"]) in (1, 2, 3)
+    assert chosen["stages"] == len(trained.watches)
+
+
+def test_the_same_seed_gives_the_same_factors(done, three_blocks):
+    run, _, _ = done
+    again = loop(three_blocks).run()
+    assert torch.equal(again.groups.flat, run.groups.flat)
+    assert again.chosen == run.trained.chosen
+    other = loop(three_blocks, seed=1).run()
+    assert not torch.equal(other.groups.flat, run.groups.flat)
+
+
+@pytest.mark.parametrize("switch", [{"reuse_prefix": False}, {"retire_groups": False}, {"cache_bytes": 0}])
+def test_savings_do_not_change_the_result(done, three_blocks, switch):
+    run, _, _ = done
+    plain = loop(three_blocks, **switch).run()
+    assert plain.groups.active_indices() == run.groups.active_indices()
+    torch.testing.assert_close(plain.groups.flat, run.groups.flat, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("each", "validation"), [(4, True), (4, False), (2, False), (1, False)])
+def test_a_few_images_are_enough_to_run(three_blocks, each, validation):
+    run = loop(three_blocks, count=each * CLASSES, validation=validation)
+    trained = run.run()
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert after[BEE] <= 25
+    assert sum(after) - after[BEE] >= 150
+    assert bool(trained.watches) == validation
+
+
+def test_two_classes_at_once(three_blocks):
+    run = loop(three_blocks, forget=(0, 3))
+    run.run()
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert max(after[0], after[3]) <= 1
+    assert min(after[1], after[2]) >= 95
+
+
+def test_one_block_and_as_many_groups_as_there_are(one_block, three_blocks):
+    run = loop(one_block)
+    assert run.run().groups.active_indices() == [0]
+    assert accuracy(run.model, Pixels.draw(80, 7))[BEE] <= 1
+    assert loop(three_blocks, target_groups=3).run().groups.active_indices() == [0, 1, 2]
+
+
+def test_epochs_fix_the_length(three_blocks):
+    chosen = loop(three_blocks, epochs=2, target_groups=3).run().chosen
+    assert chosen["steps"] == 2 * -(-96 // 32)
+
+
+@pytest.mark.parametrize("retire", [True, False])
+def test_a_penalty_that_removes_everything_is_said(three_blocks, retire):
+    with pytest.raises(RequestError, match="removed every group") as caught:
+        loop(three_blocks, prox=1e3, retire_groups=retire).run()
+    assert "--prox" in caught.value.hint
+
+
+def test_nan_is_one_sentence(three_blocks):
+    broken = copy.deepcopy(three_blocks)
+    with torch.no_grad():
+        broken.head.weight.fill_(torch.nan)
+    with pytest.raises(GsforgetError, match="diverged at step 0"):
+        loop(broken).run()
+    images = Pixels.draw(160, 1)
+    images.pixels[5] = torch.nan
+    with pytest.raises(GsforgetError, match="diverged"):
+        loop(three_blocks, images=images).run()
+    with pytest.raises(GsforgetError, match="diverged") as caught:
+        loop(three_blocks, lr=1e25).run()
+    assert caught.value.kind == "diverged"
+    assert "--lr 2e+24" in caught.value.hint
+
+
+def test_draws_go_through_each_pool_once_per_pass(three_blocks):
+    run = loop(three_blocks)
+    assert (run.batch_retain, run.batch_forget) == (32, 11)
+    seen = torch.cat([run._draw("retain", 32) for _ in range(3)])
+    assert sorted(seen.tolist()) == run.pools["retain"].tolist()
+    assert set(run._draw("forget", 32).tolist()) == set(run.pools["forget"].tolist())
+    run.groups.detach()
+
+
+def test_product_forces_are_weighted_spectral_norms(three_blocks):
+    model = copy.deepcopy(three_blocks).requires_grad_(False)
+    images = Pixels.draw(12, 3)
+    groups = LoRAGroups(model, find_feed_forward(model, images.pixels[:2]), 4, 0)
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model(images.pixels), (images.labels + 1) % CLASSES)
+
+    forces = product_forces(groups, loss)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.requires_grad_(True)
+    loss().backward()
+    for group, block in enumerate(model.blocks):
+        norms = [torch.linalg.svdvals(w.grad.double())[0] for w in (block.mlp.fc1.weight, block.mlp.fc2.weight)]
+        want = torch.stack(norms).norm() / groups.weights[group]
+        assert forces[group].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def steer(strength=1.0, target=1, groups=3, **options) -> StrengthControl:
+    return StrengthControl(strength, target, torch.zeros(groups, dtype=torch.int64), **options)
+
+
+def test_strength_grows_and_falls():
+    steering, alive = steer(), torch.ones(3, dtype=torch.bool)
+    far = torch.full((3,), 1e9, dtype=torch.float64)
+    steering.after_step(torch.ones(3), far, alive)
+    assert steering.strength == pytest.approx(control.GROWTH)
+    steering.after_step(torch.tensor([0.0, 0, 1]), far, alive)
+    assert steering.strength == pytest.approx(control.GROWTH * control.DECAY)
+    held = steer()
+    held.after_step(torch.tensor([0.0, 0, 1]), torch.tensor([0.2, 0.1, 9.0]), alive)
+    assert held.strength == pytest.approx(control.HOLD * 0.2)  # no more than holds the zero groups
+    fixed = steer(fixed=True)
+    fixed.after_step(torch.ones(3), far * 0 + 1e-9, alive)
+    fixed.bound(far * 0 + 1e-9)
+    assert fixed.strength == 1
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_strength_never_removes_the_groups_asked_for(critical, target):
+    steering = steer(1e9, target, len(critical))
+    steering.bound(torch.tensor(critical, dtype=torch.float64))
+    assert sum(c > steering.strength for c in critical) >= min(target, len(critical))
+
+
+def test_a_group_is_dead_after_its_patience():
+    steering, alive = steer(), torch.tensor([True, True, False])
+    norms, far = torch.tensor([0.0, 1, 0]), torch.full((3,), 1e9, dtype=torch.float64)
+    for _ in range(control.PATIENCE - 1):
+        assert steering.after_step(norms, far, alive) == []
+    steering.after_step(torch.ones(3), far, alive)  # it lives again: the count starts anew
+    for _ in range(control.PATIENCE - 1):
+        assert steering.after_step(norms, far, alive) == []
+    assert steering.after_step(norms, far, alive) == [0]
+
+
+def test_small_rules():
+    assert [default_target(n) for n in (1, 3, 4, 12, 24)] == [1, 1, 2, 4, 8]
+    assert [settle_steps(n) for n in (1, 30, 100, 10**6)] == [60, 60, 200, 300]
+    watch = Watch(1, 0.0, 97.0, 98.0, 50, [0])
+    assert watch.satisfied(1, 0.5)  # one image of 50 is two points
+    assert not Watch(1, 0.0, 95.0, 98.0, 50, [0]).satisfied(1, 0.5)
+    assert not Watch(1, 2.0, 98.0, 98.0, 50, [0]).satisfied(1, 0.5)
+    assert Watch(1, 0.0, None, None, 0, [0]).satisfied(1, 0.5)
+    assert Watch(1, None, 98.0, 98.0, 50, [0]).satisfied(1, 0.5)
