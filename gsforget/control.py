@@ -72,6 +72,7 @@ class StrengthControl:
             active: bool [G].
         """
         zero = (norms == 0) & active
+        left = critical - self.strength  # what this step's penalty left of it: ||D x|| = ||D z|| - s
         self.zero_for = torch.where(zero, self.zero_for + 1, torch.zeros_like(self.zero_for))
         if not self.fixed:
             alive = int((active & ~zero).sum())
@@ -81,12 +82,12 @@ class StrengthControl:
                 self.strength *= GROWTH
             else:
                 self.strength = min(DECAY * self.strength, holds or torch.inf)
-            self.bound(critical)
+            self.bound(left)
         return torch.nonzero(self.zero_for >= PATIENCE).flatten().tolist()
 
-    def bound(self, critical: Tensor) -> None:
+    def bound(self, left: Tensor) -> None:
         """Never so strong that fewer groups than asked for would survive the next step: a group at zero stays there."""
-        keep = torch.topk(critical, min(self.target, len(critical))).values[-1].item()
+        keep = torch.topk(left, min(self.target, len(left))).values[-1].item()
         if not self.fixed and keep > 0:
             self.strength = min(self.strength, 0.9 * keep)
 
