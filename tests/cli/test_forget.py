@@ -298,7 +298,6 @@ def test_names_that_break_formats(world, cli, draw, tmp_path):
     assert "[bold]$x_{^$" in result.err
 
 
-@pytest.mark.xfail(reason="the strength control can remove the last group: its cap looks at the step before")
 def test_one_group_survives_where_one_is_asked_for(world, cli, tmp_path):
     result = cli(
         tmp_path, "forget", "--model", world.model, "--data", world.data, "--classes", "cat", "--target-groups", "1"
