@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from gsforget.cli import output
 
+    # Threads that wait for each other sleep: on a machine with other work, spinning made a run six times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = sys.argv[1:] if argv is None else list(argv)
     options = args[: args.index("--")] if "--" in args else args
     as_json = "--json" in options and not {"--help", "-h"} & set(options)

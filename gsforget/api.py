@@ -75,7 +75,7 @@ def forget(
     )
     request = forgetting.Request(
         [str(c) for c in ([classes] if isinstance(classes, (str, int)) else classes)],
-        forgetting.with_budget(settings or Settings(), forgetting.pick_device(device)),
+        settings or Settings(),
         thresholds or forgetting.Thresholds(),
         shots,
         device,

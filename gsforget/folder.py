@@ -148,7 +148,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def build_model(config: ModelConfig, trust_code: bool = False) -> nn.Module:
     """Build the bare architecture of a config, with untrained weights, in eval mode."""
-    if ":" in config.architecture:
+    if ":" in config.architecture and not config.architecture.startswith(("hf-hub:", "hf_hub:")):
         if not trust_code:
             raise SafetyError(
                 f"The model is built by {config.architecture}, which would run code that gsforget does not know.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,8 @@ def forget(
     Raises:
         RequestError: the request, model or data do not fit.
     """
+    import torch
+
     from gsforget.runs import check_out, check_writable
 
     started = time.perf_counter()
@@ -108,7 +110,9 @@ def forget(
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
     wanted = resolve_classes(request.classes, source.names, source.erased)
     required = {name: p.requires_grad for name, p in source.model.named_parameters()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # torch's own encoder layer would pass over the hooks of LoRA
         session = _Session(source, data, request, load, wanted)
         report({"stage": "before"})
         session.measure_before()
@@ -116,6 +120,7 @@ def forget(
         report({"stage": "merge"})
         evidence = session.merge_and_measure(trained)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for name, p in source.model.named_parameters():
             p.requires_grad_(required[name])
     if not evidence.passed:
@@ -341,13 +346,3 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RequestError("This machine has no CUDA device that torch can use.", "Type --device cpu.", "no_cuda")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def with_budget(settings: Settings, device: torch.device) -> Settings:
-    """Settings that let reused outputs take a quarter of the memory that is free on the device."""
-    import torch
-
-    from gsforget.data import available_memory
-
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return replace(settings, cache_bytes=free / 4)

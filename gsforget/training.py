@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gsforget import control
 from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.data import available_memory
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
@@ -52,7 +53,7 @@ class Settings:
         bnd: bound of the ascent on forgotten images, in nats; None: from the number of classes.
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
-        cache_bytes: memory for reused outputs; 0 for none.
+        cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
     """
 
     rank: int = 8
@@ -67,7 +68,7 @@ class Settings:
     max_retain_drop: float = 0.5
     reuse_prefix: bool = True
     retire_groups: bool = True
-    cache_bytes: float = 4e9
+    cache_bytes: float | None = None
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Loop:
         if not self._alive():
             raise RequestError(
                 f"The group penalty removed every group by step {self.step}: nothing is left to train.",
-                "Leave out --prox, or give a smaller one.",
+                "Give a smaller --prox, or leave it out.",
                 "all_groups_removed",
             )
 
@@ -222,7 +223,9 @@ class Loop:
             return
         first = next(pair.name for pair in self.groups.pairs if pair.group == alive[0])
         count = len(self.labels)
-        self.reuse = PrefixReuse.plan(self.model, first, self.probe, count, self.settings.cache_bytes)
+        budget = self.settings.cache_bytes
+        budget = _free_memory(self.device) / 4 if budget is None else budget
+        self.reuse = PrefixReuse.plan(self.model, first, self.probe, count, budget)
         if self.reuse:
             self.reuse.fill(count, self._images, EVAL_BATCH)
 
@@ -299,3 +302,8 @@ class Loop:
 
 def _percent(flags: Tensor) -> float | None:
     return 100 * flags.float().mean().item() if len(flags) else None
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that are free where the model is."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
