@@ -12,7 +12,7 @@ _HOMES = {
     "forget": "gsforget.api",
     "export_model": "gsforget.api",
     "Settings": "gsforget.training",
-    "Thresholds": "gsforget.forgetting",
+    "Thresholds": "gsforget.request",
     "GsforgetError": "gsforget.errors",
     "RequestError": "gsforget.errors",
     "SafetyError": "gsforget.errors",

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gsforget.data import ImageFolder
-    from gsforget.forgetting import Outcome, Thresholds
+    from gsforget.forgetting import Outcome
+    from gsforget.request import Thresholds
     from gsforget.source import Source
     from gsforget.training import Event, Settings
 
@@ -61,6 +62,7 @@ def forget(
         RequestError, SafetyError: see `gsforget.errors`.
     """
     from gsforget import forgetting
+    from gsforget.request import Request, Thresholds
     from gsforget.training import Settings
 
     source, folder, load = open_model_and_data(
@@ -73,10 +75,10 @@ def forget(
         architecture=architecture,
         trust_code=trust_code,
     )
-    request = forgetting.Request(
+    request = Request(
         [str(c) for c in ([classes] if isinstance(classes, (str, int)) else classes)],
         settings or Settings(),
-        thresholds or forgetting.Thresholds(),
+        thresholds or Thresholds(),
         shots,
         device,
         skip_corrupt,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,43 +16,18 @@ from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
 from gsforget.gates import evaluate_gates
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
+from gsforget.predict import pick_device
 from gsforget.records import Evidence
+from gsforget.request import Request, check_numbers
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from gsforget.data import ImageFolder, ImageSet
     from gsforget.source import Source
-    from gsforget.training import Event, Settings, Trained
+    from gsforget.training import Event, Trained
 
 EVAL_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Gates: percent for forgotten classes, points for retained ones."""
-
-    max_forget_acc: float = 1.0
-    max_retain_drop: float = 1.0
-    max_class_drop: float = 10.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        shots: images per class to learn from, on both sides; None: all.
-        device: auto, cpu or cuda.
-    """
-
-    classes: list[str]
-    settings: Settings
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    shots: int | None = None
-    device: str = "auto"
-    skip_corrupt: bool = False
 
 
 @dataclass
@@ -307,42 +281,3 @@ def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: f
         document["artifacts"] = {"model": str(folder / WEIGHTS)}
         document["sha256"] = {"model": sha256(folder / WEIGHTS)}
     return outcome
-
-
-def check_numbers(request: Request) -> None:
-    """Refuse numbers that no run could use.  Raises RequestError ``bad_number`` naming the option."""
-    s, t = request.settings, request.thresholds
-    above_zero, not_negative = "be greater than 0", "not be negative"
-    rules = [
-        ("--shots", request.shots, 1, "be at least 1"),
-        ("--rank", s.rank, 1, "be at least 1"),
-        ("--batch-size", s.batch_size, 1, "be at least 1"),
-        ("--target-groups", s.target_groups, 1, "be at least 1"),
-        ("--lr", s.lr, math.ulp(0), above_zero),
-        ("--epochs", s.epochs, math.ulp(0), above_zero),
-        ("--prox", s.prox, 0, not_negative),
-        ("--bnd", s.bnd, 0, not_negative),
-        ("--seed", s.seed, 0, not_negative),
-        ("--max-forget-acc", t.max_forget_acc, -math.inf, ""),
-        ("--max-retain-drop", t.max_retain_drop, -math.inf, ""),
-        ("--max-class-drop", t.max_class_drop, -math.inf, ""),
-    ]
-    for option, value, least, must in rules:
-        if value is None:
-            continue
-        if not math.isfinite(value) or value >= 2**63:
-            must = "be a finite number below 2^63"
-        elif value >= least:
-            continue
-        raise RequestError(f"{option} is {value}; it must {must}.", f"Change {option}, or leave it out.", "bad_number")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`.  Raises RequestError for cuda where there is none."""
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"There is no device {name!r}.", "Type --device auto, cpu or cuda.", "unknown_device")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("This machine has no CUDA device that torch can use.", "Type --device cpu.", "no_cuda")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

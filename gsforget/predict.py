@@ -1,4 +1,4 @@
-"""A torch model behind the same `predict(batch)` that artifacts on devices have."""
+"""A torch model behind the same `predict(batch)` that artifacts on devices have, and where it runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gsforget.errors import RequestError
 from gsforget.lora.blocks import as_logits
 
 
@@ -28,3 +29,12 @@ class TorchPredictor:
         with torch.inference_mode(), exact:
             images = torch.from_numpy(np.ascontiguousarray(batch, np.float32)).to(self.device)
             return as_logits(self.model(images)).float().cpu().numpy()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`.  Raises RequestError for cuda where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"There is no device {name!r}.", "Type --device auto, cpu or cuda.", "unknown_device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RequestError("This machine has no CUDA device that torch can use.", "Type --device cpu.", "no_cuda")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from gsforget.forgetting import Request
     from gsforget.gates import Gate
     from gsforget.lora.grid import GridFactors
+    from gsforget.request import Request
     from gsforget.source import Source
     from gsforget.training import Trained
 

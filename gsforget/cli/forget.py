@@ -62,8 +62,8 @@ def forget(
     from gsforget.classes import read_names
     from gsforget.cli.progress import ForgetProgress
     from gsforget.errors import RequestError
-    from gsforget.forgetting import Thresholds
     from gsforget.records import METHOD
+    from gsforget.request import Thresholds
     from gsforget.training import Settings
 
     if task != "classify":

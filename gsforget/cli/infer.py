@@ -61,7 +61,7 @@ def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preproce
         return artifact, artifact.info.preprocess, artifact.info.forgotten, artifact.info.class_names
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import load_model
-    from gsforget.forgetting import pick_device
+    from gsforget.predict import pick_device
     from gsforget.predict import TorchPredictor
 
     network, config = load_model(model, trust_code)

@@ -11,7 +11,6 @@ from onnx.numpy_helper import from_array, to_array
 
 from gsforget.errors import GateError, RequestError
 from gsforget.export.build import export_model, exporter, parity
-from gsforget.export.device.metadata import read_info
 from gsforget.export.device.runtime import open_model
 from gsforget.folder import load_model
 from gsforget.predict import TorchPredictor
@@ -45,7 +44,7 @@ def test_an_export_measures_the_artifact_and_describes_it(run, images):
     assert made["verdict"] == "pass"
     assert files(run / "artifacts") == [path.name, f"{path.name}.json"]
 
-    info = read_info(path)
+    info = open_model(path).info
     labels = np.repeat(np.arange(4), 6)
     batch = np.stack([info.preprocess.load(p) for p in sorted((images / "test").rglob("*.png"))])
     right = TorchPredictor(load_model(run)[0]).predict(batch).argmax(1) == labels

@@ -159,14 +159,5 @@ def find_info(artifact: str | Path, embedded: Mapping[str, str], sidecar: Mappin
     )
 
 
-def read_info(artifact: str | Path) -> ArtifactInfo:
-    """The info of an artifact on disk, its hash checked where it has a sidecar."""
-    from gsforget.export.device.runtime import check_artifact, onnx_metadata
-
-    path = check_artifact(artifact)
-    sidecar = check_hash(path)
-    return find_info(path, onnx_metadata(path) if path.suffix.lower() == ".onnx" else {}, sidecar)
-
-
 def _refused(message: str, kind: str) -> SafetyError:
     return SafetyError(message, "Copy the artifact and its sidecar again from where they were exported.", kind)
