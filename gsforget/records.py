@@ -138,6 +138,7 @@ def metrics(e: Evidence) -> dict[str, Any]:
         "groups": [{"name": n, "active": g in e.active, "norm": last[g]} for g, n in enumerate(e.group_names)],
         "merge": {"max_logit_difference": e.merge_difference, "images": len(e.labels)},
         "tensors": {"changed": e.changed, "identical": len(same), "total": len(hashes), "sha256": hashes},
+        "chosen": chosen(e),
         "validation": [watch.to_json() for watch in e.trained.watches],
         "dropped_images": e.dropped_images,
         "norms_every_5_steps": e.trained.norms[::5],
@@ -166,10 +167,15 @@ def request_record(e: Evidence) -> dict[str, Any]:
         "settings": asdict(e.request.settings),
         "thresholds": asdict(e.request.thresholds),
         "shots": e.request.shots,
-        "chosen": {**e.trained.chosen, "bnd": e.bound},
+        "chosen": chosen(e),
         "device": e.device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
+
+
+def chosen(e: Evidence) -> dict[str, Any]:
+    """The numbers of this run, whether given or chosen by the loop."""
+    return {**e.trained.chosen, "bnd": e.bound, "rank": e.request.settings.rank, "lr": e.request.settings.lr}
 
 
 def write_run(folder: Path, e: Evidence) -> None:

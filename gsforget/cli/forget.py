@@ -145,6 +145,12 @@ def show(outcome: Any) -> None:
         f"H-mean {s['h_mean']:.1f} · training {document['seconds']['train']:.1f} s, in all {document['seconds']['total']:.1f} s"
         f" · merged against LoRA: largest logit difference {metrics['merge']['max_logit_difference']:.1e}"
     )
+    c = metrics["chosen"]
+    say(
+        f"Chosen: bound {c['bnd']:.2f} nats, at most {c['target_groups']} blocks, group penalty {c['prox_first']:.1e} at first, "
+        f"{c['steps_select']} steps of selection and {c['steps'] - c['steps_select']} of settling in {c['stages']} stage(s), "
+        f"{c['batch_retain']} retained and {c['batch_forget']} forgotten images a step, rank {c['rank']}, step size {c['lr']:g}."
+    )
     for gate in metrics["gates"]:
         if not gate["passed"]:
             say(f"Gate breached: {gate['name']} is {gate['value']:.2f}, at most {gate['threshold']:g} is allowed.")
