@@ -128,12 +128,21 @@ class Store:
         if self.has(key):
             return
         start = time.time()
-        self.content["cells"][key] = run(*args, **kwargs)
+        self.content["cells"][key] = without_paths(run(*args, **kwargs))
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")
         print(f"{key}: {time.time() - start:.0f} s", flush=True)
 
     def cells(self, prefix: str) -> dict[str, dict]:
         return {k: v for k, v in self.content["cells"].items() if k.startswith(f"{prefix}/")}
+
+
+def without_paths(content):
+    """A result as it is stored: without the run folders of this machine."""
+    if isinstance(content, list):
+        return [without_paths(value) for value in content]
+    if isinstance(content, dict):
+        return {key: without_paths(value) for key, value in content.items() if key != "folder"}
+    return content
 
 
 def machine() -> dict:

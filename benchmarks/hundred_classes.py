@@ -123,10 +123,9 @@ def main() -> None:
         for n, classes in enumerate(requests):
             key = f"{seed}/{n}"
             store.measure(key, cell, folder, args.dir / "data", classes, args.dir / f"runs-{seed}", seed=seed)
-            row = store.content["cells"][key]
-            if row["folder"] is None or row["verdict"] != "pass":
+            folder = args.dir / f"runs-{seed}" / f"forget-{n + 1:04d}"
+            if not is_model_folder(folder):
                 break
-            folder = Path(row["folder"])
     for n in range(args.requests):
         rows = [row for key, row in store.content["cells"].items() if key.endswith(f"/{n}")]
         if rows:

@@ -26,6 +26,7 @@ from gsforget.prefix import PrefixReuse
 from gsforget.tasks.base import Losses, Task
 
 EVAL_BATCH = 256
+GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
 Event = dict[str, Any]
 
 
@@ -108,6 +109,8 @@ class Loop:
         self.device = next(model.parameters()).device
         self.forget, self.val = forget, val
         self.labels = images.labels.to(self.device)
+        shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
+        self.glance = val[shuffled[:GLANCE_IMAGES]]
         self.rng = torch.Generator().manual_seed(settings.seed)
         self.pools = {"retain": train[~forget[train]], "forget": train[forget[train]]}
         self.queues = {name: pool[:0] for name, pool in self.pools.items()}
@@ -270,23 +273,23 @@ class Loop:
         return losses
 
     def _watch(self) -> Watch:
-        right = self.task.correct(self.outputs_of(self.val), self.labels[self.val.to(self.device)]).cpu()
-        before = self.right_before[self.val.to(self.device)].cpu()
-        forget = self.forget[self.val]
-        retained = int((~forget).sum())
-        watch = Watch(
-            self.step,
-            _percent(right[forget]),
-            _percent(right[~forget]),
-            _percent(before[~forget]),
-            retained,
-            self._alive(),
-        )
+        """Validation accuracies that decide, on all validation images."""
+        watch = self._validate(self.val)
         self.trained.watches.append(watch)
+        return watch
+
+    def _validate(self, rows: Tensor) -> Watch:
+        here = rows.to(self.device)
+        right = self.task.correct(self.outputs_of(rows), self.labels[here]).cpu()
+        before, forget = self.right_before[here].cpu(), self.forget[rows]
+        accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
+        watch = Watch(self.step, *accuracies, int((~forget).sum()), self._alive())
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
 
     def _report(self, stage: str, losses: Losses, fraction: float | None) -> None:
+        if self.step % GLANCE_EVERY == 0 and len(self.glance):
+            self._validate(self.glance)
         self.progress(
             {
                 "stage": stage,
