@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gsforget.cli import output
 
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other soon sleep: beside another busy process, spinning made a run nine times slower.
+        # Threads that wait for each other soon sleep: beside one busy process, spinning made a run twice as slow.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = sys.argv[1:] if argv is None else list(argv)
     options = args[: args.index("--")] if "--" in args else args
