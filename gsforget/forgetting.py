@@ -275,7 +275,9 @@ def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: f
     # A failed run never takes the place that was meant for a model.
     place = out if evidence.passed else None
     prefix = "forget" if evidence.passed else "failed"
-    folder = publish(lambda path: records.write_run(path, evidence), runs or Path("runs"), place, prefix)
+    folder = publish(
+        lambda path: records.write_run(path, evidence, outcome.metrics), runs or Path("runs"), place, prefix
+    )
     outcome.folder = folder
     if evidence.passed:
         document["artifacts"] = {"model": str(folder / WEIGHTS)}

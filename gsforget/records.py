@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,20 @@ class Evidence:
     def passed(self) -> bool:
         return all(gate.passed for gate in self.gates)
 
-    @property
+    @cached_property
     def changed(self) -> list[str]:
         """Names of the tensors that differ from the model before the run."""
         import torch
 
         return [name for name, tensor in self.state.items() if not torch.equal(tensor, self.original[name])]
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """SHA-256 of the weights that the run started from: of the file, else of names and tensors."""
+        if self.source.folder:
+            return sha256(self.source.folder / WEIGHTS)
+        listed = "".join(f"{name}:{tensor_sha256(self.original[name])}\n" for name in sorted(self.original))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def summary(self) -> dict[str, float | None]:
         """The `metrics` of the design's JSON, percent."""
@@ -161,7 +170,7 @@ def request_record(e: Evidence) -> dict[str, Any]:
         "names": e.source.names,
         "erased": erased,
         "parent": str(folder.resolve()) if folder else None,
-        "parent_sha256": base_sha256(e),
+        "parent_sha256": e.base_sha256,
         "data": str(e.data_root.resolve()),
         "data_sha256": e.manifests,
         "settings": asdict(e.request.settings),
@@ -178,13 +187,13 @@ def chosen(e: Evidence) -> dict[str, Any]:
     return {**e.trained.chosen, "bnd": e.bound, "rank": e.request.settings.rank, "lr": e.request.settings.lr}
 
 
-def write_run(folder: Path, e: Evidence) -> None:
-    """Fill a run folder; of a failed run only the reports, no model."""
+def write_run(folder: Path, e: Evidence, measured: dict[str, Any]) -> None:
+    """Fill a run folder, `measured` as its metrics.json; of a failed run only the reports, no model."""
     if e.passed:
         save_model(e.state, e.config, folder)
         _write_delta(folder / "delta.safetensors", e)
     write_file(folder / "request.json", _json(request_record(e)))
-    write_file(folder / "metrics.json", _json(metrics(e)))
+    write_file(folder / "metrics.json", _json(measured))
     (folder / "audit").mkdir()
     _plot(folder / "audit" / "groups.png", e)
     if e.passed:
@@ -208,7 +217,7 @@ def _write_ledger(folder: Path, e: Evidence) -> None:
         "sequence": e.config.sequence,
         "classes": [{"index": i, "name": e.source.names[i]} for i in e.forget],
         "method": METHOD,
-        "base": base_sha256(e),
+        "base": e.base_sha256,
         "model": sha256(folder / WEIGHTS),
         "config": sha256(folder / CONFIG),
         "delta": sha256(folder / "delta.safetensors"),
@@ -233,14 +242,6 @@ def _plot(path: Path, e: Evidence) -> None:
         e.source.names,
         e.forget,
     )
-
-
-def base_sha256(e: Evidence) -> str:
-    """SHA-256 of the weights that the run started from: of the file, else of names and tensors."""
-    if e.source.folder:
-        return sha256(e.source.folder / WEIGHTS)
-    listed = "".join(f"{name}:{tensor_sha256(e.original[name])}\n" for name in sorted(e.original))
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:

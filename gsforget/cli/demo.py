@@ -59,7 +59,7 @@ def demo(
         f"forgotten {parity['forget_acc']:.1f} %, retained {parity['retain_acc']:.1f} %."
     )
     images = [
-        sorted((data / "test" / name).glob("*.png"))[0] for name in [*wanted_names(outcome, wanted), "trouser", "bag"]
+        sorted((data / "test" / name).glob("*.png"))[0] for name in [*outcome.document["classes"], "trouser", "bag"]
     ]
     say(f"\n$ gsforget infer {artifact['path']} " + " ".join(str(p) for p in images))
     document["infer"] = before_and_after(model, artifact["path"], images)
@@ -71,11 +71,6 @@ def demo(
         f"gsforget infer {artifact['path']} {data / 'test'}",
         "gsforget forget --model YOUR_TIMM_NAME --checkpoint YOUR_WEIGHTS --data YOUR_IMAGES --classes A,B",
     )
-
-
-def wanted_names(outcome: Any, wanted: list[str]) -> list[str]:
-    """Folder names of the forgotten classes (a request may have named indices)."""
-    return outcome.document["classes"] or wanted
 
 
 def before_and_after(model: Path, artifact: str, images: list[Path]) -> dict[str, Any]:

@@ -91,11 +91,6 @@ def check_artifact(path: str | Path) -> Path:
     return path
 
 
-def onnx_metadata(path: Path) -> dict[str, str]:
-    """The metadata_props of an ONNX file, read without preparing it for speed."""
-    return _session(path, ["CPUExecutionProvider"], optimise=False).get_modelmeta().custom_metadata_map
-
-
 def cuda_devices() -> int:
     """Number of NVIDIA GPUs, asked from the driver itself; 0 without a driver."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
@@ -137,12 +132,10 @@ def _providers(device: str) -> list[Any]:
     return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
-def _session(path: Path, providers: list[Any], optimise: bool = True) -> Any:
+def _session(path: Path, providers: list[Any]) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    if not optimise:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
