@@ -74,7 +74,7 @@ class FeatureTap:
         self.features = inputs[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features_and_logits(model: nn.Module, classifier: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [B, C, H, W] -> features float32 [B, d] and logits float32 [B, K]."""
     with FeatureTap(model, classifier) as tap:
