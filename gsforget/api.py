@@ -36,6 +36,9 @@ def forget(
     shots: int | None = None,
     device: str = "auto",
     skip_corrupt: bool = False,
+    method: str | None = None,
+    reference: str | Path | None = None,
+    never_seen: Sequence[str | int] = (),
     trust_code: bool = False,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
@@ -52,6 +55,9 @@ def forget(
             `crop_mode`; for timm names: overrides `img_size`, `mean`, `std`, `crop_pct`, `interpolation`.
         architecture: for a module: the import path `package.module:factory` that builds it again, written to
             `config.json`; without it the run folder can be read back only with your own code.
+        method: "gs-lora" or "gs-lora++"; None: the default.
+        reference: model folder of a model trained without the classes; needed for `max_probe_excess`.
+        never_seen: instead of `reference`: classes of the data that the model was never trained on.
         runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
 
     Returns:
@@ -62,7 +68,7 @@ def forget(
         RequestError, SafetyError: see `gsforget.errors`.
     """
     from gsforget import forgetting
-    from gsforget.request import Request, Thresholds
+    from gsforget.request import DEFAULT_METHOD, Request, Thresholds
     from gsforget.training import Settings
 
     source, folder, load = open_model_and_data(
@@ -82,6 +88,9 @@ def forget(
         shots,
         device,
         skip_corrupt,
+        method or DEFAULT_METHOD,
+        Path(reference) if reference else None,
+        [str(c) for c in never_seen],
     )
     return forgetting.forget(
         source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress

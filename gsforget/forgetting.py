@@ -18,7 +18,7 @@ from gsforget.gates import evaluate_gates
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
 from gsforget.predict import pick_device
 from gsforget.records import Evidence
-from gsforget.request import Request, check_numbers
+from gsforget.request import Request, check_request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def forget(
 
     started = time.perf_counter()
     report = progress or (lambda _event: None)
-    check_numbers(request)
+    check_request(request)
     if out is not None:
         check_out(out)
     elif runs is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gsforget.errors import RequestError
@@ -11,14 +13,22 @@ from gsforget.errors import RequestError
 if TYPE_CHECKING:
     from gsforget.training import Settings
 
+METHODS = ("gs-lora", "gs-lora++")
+DEFAULT_METHOD = "gs-lora++"
+
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Gates: percent for forgotten classes, points for retained ones."""
+    """Gates: percent for forgotten classes, points for retained ones, and a ratio for what a fresh probe still finds.
+
+    Attributes:
+        max_probe_excess: (probe - never seen) / (original - never seen) on the features; None: not judged.
+    """
 
     max_forget_acc: float = 1.0
     max_retain_drop: float = 1.0
     max_class_drop: float = 10.0
+    max_probe_excess: float | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,9 @@ class Request:
     Attributes:
         shots: images per class to learn from, on both sides; None: all.
         device: auto, cpu or cuda.
+        method: one of `METHODS`.
+        reference: model folder of a model trained without the classes, to measure the features against.
+        never_seen: names or indices of classes in the data that the model was never trained on.
     """
 
     classes: list[str]
@@ -36,6 +49,31 @@ class Request:
     shots: int | None = None
     device: str = "auto"
     skip_corrupt: bool = False
+    method: str = DEFAULT_METHOD
+    reference: Path | None = None
+    never_seen: list[str] = field(default_factory=list)
+
+
+def check_request(request: Request) -> None:
+    """Refuse what no run could use, before any work.  Raises RequestError."""
+    check_method(request.method)
+    check_numbers(request)
+    if request.thresholds.max_probe_excess is not None and not (request.reference or request.never_seen):
+        raise RequestError(
+            "--max-probe-excess needs classes or a model to compare with.",
+            "Add --reference FOLDER (a model trained without the classes) or --never-seen A,B (classes that the model "
+            "was never trained on).",
+            "no_reference",
+        )
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that does not exist.  Raises RequestError ``unknown_method`` with the nearest name."""
+    if method in METHODS:
+        return
+    near = difflib.get_close_matches(str(method).lower(), METHODS, n=1)
+    hint = f"Type --method {near[0]}." if near else f"Type --method {' or --method '.join(METHODS)}."
+    raise RequestError(f"There is no method {method!r}.", hint, "unknown_method")
 
 
 def check_numbers(request: Request) -> None:
@@ -55,6 +93,7 @@ def check_numbers(request: Request) -> None:
         ("--max-forget-acc", t.max_forget_acc, -math.inf, ""),
         ("--max-retain-drop", t.max_retain_drop, -math.inf, ""),
         ("--max-class-drop", t.max_class_drop, -math.inf, ""),
+        ("--max-probe-excess", t.max_probe_excess, -math.inf, ""),
     ]
     for option, value, least, must in rules:
         if value is None:

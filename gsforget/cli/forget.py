@@ -18,6 +18,7 @@ from gsforget.cli.options import (
     parse_list,
 )
 from gsforget.cli.output import emit_json, next_command, say, table
+from gsforget.request import DEFAULT_METHOD
 
 Opt = typer.Option
 
@@ -38,7 +39,7 @@ def forget(
     crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
     interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
     task: Annotated[str, Opt(help="classify.")] = "classify",
-    method: Annotated[str, Opt(help="gs-lora.")] = "gs-lora",
+    method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int, Opt(min=1, help="Rank of the LoRA pairs.")] = 8,
     epochs: Annotated[float | None, Opt(help="Epochs after selection; default: by validation.")] = None,
@@ -51,6 +52,11 @@ def forget(
     max_forget_acc: Annotated[float, Opt(help="Gate, percent.")] = 1.0,
     max_retain_drop: Annotated[float, Opt(help="Gate, points.")] = 1.0,
     max_class_drop: Annotated[float, Opt(help="Gate, points.")] = 10.0,
+    max_probe_excess: Annotated[
+        float | None, Opt(help="Gate, ratio: what a fresh probe on the features still finds; needs a reference.")
+    ] = None,
+    reference: Annotated[Path | None, Opt(help="Model folder trained without the classes, to compare with.")] = None,
+    never_seen: Annotated[str, Opt(help="Or classes that the model was never trained on, comma-separated.")] = "",
     seed: Annotated[int, Opt(help="Same seed, same machine: same weights.")] = 0,
     skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
@@ -62,14 +68,12 @@ def forget(
     from gsforget.classes import read_names
     from gsforget.cli.progress import ForgetProgress
     from gsforget.errors import RequestError
-    from gsforget.records import METHOD
-    from gsforget.request import Thresholds
+    from gsforget.request import Thresholds, check_method
     from gsforget.training import Settings
 
     if task != "classify":
         raise RequestError(f"There is no task {task!r}.", "Type --task classify.", "unknown_task")
-    if method != METHOD:
-        raise RequestError(f"There is no method {method!r}.", f"Type --method {METHOD}.", "unknown_method")
+    check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
     settings = Settings(
         rank, lr, batch_size, epochs, prox, target_groups, bnd, seed, max_forget_acc, max_retain_drop / 2
@@ -90,10 +94,13 @@ def forget(
                 "interpolation": interpolation,
             },
             settings=settings,
-            thresholds=Thresholds(max_forget_acc, max_retain_drop, max_class_drop),
+            thresholds=Thresholds(max_forget_acc, max_retain_drop, max_class_drop, max_probe_excess),
             shots=shots,
             device=device.value,
             skip_corrupt=skip_corrupt,
+            method=method,
+            reference=reference,
+            never_seen=parse_list(never_seen, "--never-seen"),
             trust_code=trust_code,
             out=out,
             progress=progress,
