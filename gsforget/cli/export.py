@@ -43,6 +43,9 @@ def export(
         Path | None, typer.Option("--data", help="Images to measure on; default: those of the run.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the artifacts; default: RUN/artifacts.")] = None,
+    with_features: Annotated[
+        bool, typer.Option("--with-features", help="A second output for audits: what the classifier reads.")
+    ] = False,
     trust_code: TrustCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +64,7 @@ def export(
             data=data,
             backend=backend.value,
             out=out,
+            with_features=with_features,
             trust_code=trust_code,
             progress=lambda text: say(f"{text} …", "dim"),
         )

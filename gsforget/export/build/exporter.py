@@ -37,6 +37,7 @@ def export_model(
     data: str | Path | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
+    with_features: bool = False,
     trust_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def export_model(
             data, parity is measured on seeded noise and the accuracies are None.
         out: folder of the artifacts; default: `artifacts/` in a run, and in the current folder for a model folder that
             is no run (an original model is never written to).
+        with_features: give the file a second output, `features`, which audits can probe; such a file is named
+            `…-features.onnx`, so that it does not take the place of the one for devices.
         trust_code: allow a model folder to import its own code.
         progress: told, in a few words, what is being done.
 
@@ -71,6 +74,12 @@ def export_model(
         raise RequestError(
             "Nothing was asked for.", "Type gsforget export --onnx, or gsforget export --trt.", "no_kind"
         )
+    if with_features and trt:
+        raise RequestError(
+            "A features output serves audits, and engines do not run here.",
+            "Type gsforget export --onnx --with-features, and the engine in a command of its own.",
+            "features_in_engine",
+        )
     if targets and not trt:
         raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
@@ -79,7 +88,7 @@ def export_model(
     plan = builder.choose(backend, tuple(targets)) if trt else None
     sizes = builder.check_batch(tuple(batch))
     place = _place(folder, Path(out) if out else None)
-    export = _Export(folder, precision, trust_code, progress or (lambda _text: None))
+    export = _Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
@@ -106,7 +115,9 @@ class _Made:
 class _Export:
     """The state of one export while it runs."""
 
-    def __init__(self, folder: Path, precision: str, trust_code: bool, progress: Progress):
+    def __init__(
+        self, folder: Path, precision: str, trust_code: bool, progress: Progress, with_features: bool = False
+    ):
         from gsforget.export.build.chain import model_id, read_request, weights_at
 
         self.folder, self.precision, self.progress = folder, precision, progress
@@ -118,7 +129,7 @@ class _Export:
         self.chain: ChainInfo = chain
         self.state = _fit(self.model, state, precision)
         self.request = read_request(folder)
-        self.info = self._info(model_id(folder))
+        self.info = self._info(model_id(folder), "features" if with_features else None)
         self.samples: Samples | None = None
         self.not_tested: list[str] = []
         self.made: list[_Made] = []
@@ -127,13 +138,15 @@ class _Export:
                 f"rounding is replayed from erasure {chain.base}, not from the original model: {chain.reason}"
             )
 
-    def _info(self, chain_id: str) -> ArtifactInfo:
+    def _info(self, chain_id: str, features: str | None) -> ArtifactInfo:
         from gsforget.export.device.metadata import ArtifactInfo
         from gsforget.export.device.preprocess import Preprocess
 
         preprocess = Preprocess.from_dict(self.config.to_json())
         c = self.config
-        return ArtifactInfo(c.class_names, tuple(c.forgotten), c.sequence, preprocess, self.precision, chain_id)
+        return ArtifactInfo(
+            c.class_names, tuple(c.forgotten), c.sequence, preprocess, self.precision, chain_id, features_name=features
+        )
 
     def find_data(self, given: Path | None) -> None:
         """The images to measure on: those given, else those of the run where they still are."""
@@ -154,7 +167,8 @@ class _Export:
         from gsforget.export.build.onnx import data_files, export_onnx
 
         self.progress("writing ONNX")
-        path = scratch / f"model-{self.config.sequence:04d}-{self.precision}.onnx"
+        with_features = "-features" if self.info.features_name else ""
+        path = scratch / f"model-{self.config.sequence:04d}-{self.precision}{with_features}.onnx"
         unused = export_onnx(self.model, self.state, self.info, path)
         if unused:
             self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
@@ -174,6 +188,10 @@ class _Export:
         measured = parity.evaluate(reference, predictor, self.info.preprocess, self.precision, self.samples)
         self.parity, peak, right = measured
         parity.check(self.parity, peak, self.precision, onnx_file.name)
+        if self.info.features_name:
+            self.parity |= parity.check_features(
+                self.model, predictor, self.info.preprocess, self.precision, self.samples, onnx_file.name
+            )
         if right is not None and self.samples is not None and self.request:
             parity.check_forgotten(right, self.samples, self.request.get("thresholds", {}), onnx_file.name)
 

@@ -41,7 +41,8 @@ def export_onnx(
         model: in eval mode on the CPU, float32; returns logits, or an object that carries them.
         state: what the initializers must hold: the model's state dict, at the precision of ``info`` (``fp32`` or
             ``fp16``; at fp16 the graph computes in half precision, input and logits stay float32).
-        info: goes into the file's metadata; names the input and the output and gives the image size.
+        info: goes into the file's metadata; names the input and the outputs and gives the image size.  With a
+            ``features_name``, what the classifier reads is a second output.
         path: file to write.  It must not be read by others meanwhile: publish it by renaming.  With more than
             ``external_from`` bytes of weights, they lie beside it in one `.data` file.
 
@@ -49,7 +50,8 @@ def export_onnx(
         Names of parameters that the model never uses; they are absent from the file.
 
     Raises:
-        RequestError: the model cannot be traced, or cannot be had at this precision.
+        RequestError: the model cannot be traced, cannot be had at this precision, or has no classifier to take
+            features from (kind ``no_classifier``).
         GsforgetError: a parameter did not arrive unchanged (a fault of ours).
     """
     import onnx
@@ -129,15 +131,20 @@ def _trace(model: nn.Module, info: ArtifactInfo, opset: int) -> ir.Model:
 
     # A batch of 1 would be taken for a constant.
     example = torch.zeros(2, *info.preprocess.input_size)
+    classifier = None
+    if info.features_name:
+        from gsforget.features import find_classifier
+
+        classifier = find_classifier(model, example)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _LogitsOnly.around(model),
+                _Outputs.around(model, classifier),
                 (example,),
                 dynamo=True,
                 input_names=[info.input_name],
-                output_names=[info.output_name],
+                output_names=[info.output_name, *([info.features_name] if info.features_name else [])],
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 optimize=False,
@@ -152,33 +159,41 @@ def _trace(model: nn.Module, info: ArtifactInfo, opset: int) -> ir.Model:
             "not_exportable",
         ) from error
     traced = program.model
-    for name in [n for n in traced.graph.initializers if n.startswith(_LogitsOnly.PREFIX)]:
+    for name in [n for n in traced.graph.initializers if n.startswith(_Outputs.PREFIX)]:
         value = traced.graph.initializers.pop(name)
-        value.name = value.const_value.name = name.removeprefix(_LogitsOnly.PREFIX)
+        value.name = value.const_value.name = name.removeprefix(_Outputs.PREFIX)
         traced.graph.initializers.add(value)
     return traced
 
 
-class _LogitsOnly:
-    """A module that returns just the logits of another one, whose names then carry a known prefix."""
+class _Outputs:
+    """A module that returns just the logits of another one, and its features where they are asked for.
+
+    The names of the other one then carry a known prefix.
+    """
 
     PREFIX = "wrapped_classifier."
 
     @staticmethod
-    def around(model: nn.Module) -> nn.Module:
+    def around(model: nn.Module, classifier: str | None = None) -> nn.Module:
         from torch import nn
 
+        from gsforget.features import FeatureTap
         from gsforget.lora.blocks import as_logits
 
-        class LogitsOnly(nn.Module):
+        class Outputs(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.wrapped_classifier = model
 
-            def forward(self, images: Tensor) -> Tensor:
-                return as_logits(self.wrapped_classifier(images))
+            def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+                if classifier is None:
+                    return as_logits(self.wrapped_classifier(images))
+                with FeatureTap(self.wrapped_classifier, classifier) as tap:
+                    logits = as_logits(self.wrapped_classifier(images))
+                return logits, tap.features
 
-        return LogitsOnly().eval()
+        return Outputs().eval()
 
 
 def _simplify(model: ir.Model, names: Any) -> None:

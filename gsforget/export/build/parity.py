@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 from gsforget.errors import GateError, RequestError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from gsforget.export.device.infer import Predicts
     from gsforget.export.device.preprocess import Preprocess
+    from gsforget.export.device.runtime import Predictor
 
 BATCH = 64
 SYNTHETIC = 32  # images
@@ -116,6 +120,44 @@ def evaluate(
         return parity | {"forget_acc": None, "retain_acc": None}, peak, None
     right = wanted.argmax(1) == samples.labels, found.argmax(1) == samples.labels
     return parity | measure(found, samples.labels, samples.forgotten), peak, right
+
+
+def check_features(
+    model: nn.Module,
+    artifact: Predictor,
+    preprocess: Preprocess,
+    precision: str,
+    samples: Samples | None,
+    where: str,
+) -> dict[str, float]:
+    """``features_max_abs_diff``, the largest difference of a feature, over the first batches of the images.
+
+    The limit is that of the logits with the largest feature in place of the largest logit, but at fp32 at least 1e-4 of
+    it, because features have no common scale.  Raises GateError (kind ``parity``) beyond it.
+    """
+    import torch
+
+    from gsforget.features import features_and_logits, find_classifier
+
+    batches = list(itertools.islice(_batches(preprocess, samples), 4))
+    classifier = find_classifier(model, torch.from_numpy(batches[0]))
+    largest = peak = 0.0
+    for batch in batches:
+        wanted = features_and_logits(model, classifier, torch.from_numpy(batch))[0].numpy()
+        found = artifact.features(batch)
+        same = found is not None and found.shape == wanted.shape
+        largest = max(largest, float(np.abs(found - wanted).max())) if same else float("inf")
+        peak = max(peak, float(np.abs(wanted).max()))
+    allowed = TOLERANCES[precision]
+    limit = max(allowed.absolute, max(allowed.relative, 1e-4) * peak)
+    if not largest <= limit:
+        raise GateError(
+            f"The features of {where} are not the model's: they differ by up to {largest:.2g} (allowed: {limit:.2g}). "
+            "Nothing was published.",
+            "Type --precision fp32." if precision != "fp32" else "Please report this, with the model's name.",
+            "parity",
+        )
+    return {"features_max_abs_diff": largest}
 
 
 def measure(logits: np.ndarray, labels: np.ndarray, forgotten: Sequence[int]) -> dict[str, float | None]:

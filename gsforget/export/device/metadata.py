@@ -32,6 +32,7 @@ class ArtifactInfo:
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         model_id: which chain of erasures the artifact belongs to.
         input_name, output_name: of the images [N, C, H, W] and the logits [N, K].
+        features_name: of a second output, what the classifier reads, [N, d]; None where the artifact has none.
     """
 
     class_names: list[str]
@@ -42,6 +43,7 @@ class ArtifactInfo:
     model_id: str
     input_name: str = "images"
     output_name: str = "logits"
+    features_name: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +56,7 @@ class ArtifactInfo:
             "model_id": self.model_id,
             "input_name": self.input_name,
             "output_name": self.output_name,
+            **({"features_name": self.features_name} if self.features_name else {}),
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class ArtifactInfo:
                 model_id=str(raw["model_id"]),
                 input_name=str(raw.get("input_name", "images")),
                 output_name=str(raw.get("output_name", "logits")),
+                features_name=str(raw["features_name"]) if raw.get("features_name") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(

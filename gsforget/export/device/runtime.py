@@ -27,6 +27,10 @@ class Predictor(Protocol):
         """float32 images [N, C, H, W] to float32 logits [N, K]."""
         ...
 
+    def features(self, batch: np.ndarray) -> np.ndarray | None:
+        """float32 images [N, C, H, W] to what the classifier reads, float32 [N, d]; None without such an output."""
+        ...
+
 
 def open_model(path: str | Path, device: str = "auto") -> Predictor:
     """Load an artifact for inference.
@@ -61,6 +65,20 @@ class OnnxPredictor:
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """float32 images [N, C, H, W] to float32 logits [N, K].  Raises RequestError for another shape."""
+        return self._run(batch, [self.info.output_name])[0]
+
+    def features(self, batch: np.ndarray) -> np.ndarray | None:
+        """float32 images [N, C, H, W] to features float32 [N, d]; None where the file was exported without them."""
+        return self._run(batch, [self.info.features_name])[0] if self.info.features_name else None
+
+    def features_and_logits(self, batch: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """Both in one run: features float32 [N, d] (None where there are none) and logits float32 [N, K]."""
+        if not self.info.features_name:
+            return None, self.predict(batch)
+        features, logits = self._run(batch, [self.info.features_name, self.info.output_name])
+        return features, logits
+
+    def _run(self, batch: np.ndarray, names: list[str]) -> list[np.ndarray]:
         wanted = self.info.preprocess.input_size
         if batch.ndim != 4 or batch.shape[1:] != wanted:
             raise RequestError(
@@ -69,8 +87,7 @@ class OnnxPredictor:
                 "bad_batch",
             )
         feed = {self.info.input_name: np.ascontiguousarray(batch, self._dtype)}
-        (logits,) = self._session.run([self.info.output_name], feed)
-        return np.asarray(logits, np.float32)
+        return [np.asarray(output, np.float32) for output in self._session.run(names, feed)]
 
 
 def check_artifact(path: str | Path) -> Path:
@@ -149,9 +166,11 @@ def _input_dtype(session: Any, info: ArtifactInfo, path: Path) -> type[np.floati
     inputs = {i.name: i.type for i in session.get_inputs()}
     outputs = [o.name for o in session.get_outputs()]
     dtypes: dict[str | None, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    if list(inputs) != [info.input_name] or info.output_name not in outputs or inputs[info.input_name] not in dtypes:
+    named = [n for n in (info.output_name, info.features_name) if n]
+    if list(inputs) != [info.input_name] or not set(named) <= set(outputs) or inputs[info.input_name] not in dtypes:
+        said = " and ".join(repr(n) for n in (info.input_name, *named))
         raise RequestError(
-            f"{path} takes {inputs} and gives {outputs}, where its metadata says {info.input_name!r} and {info.output_name!r}.",
+            f"{path} takes {inputs} and gives {outputs}, where its metadata says {said}.",
             "Export it again: gsforget export --onnx.",
             "bad_metadata",
         )
