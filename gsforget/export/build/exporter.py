@@ -115,9 +115,7 @@ class _Made:
 class _Export:
     """The state of one export while it runs."""
 
-    def __init__(
-        self, folder: Path, precision: str, trust_code: bool, progress: Progress, with_features: bool = False
-    ):
+    def __init__(self, folder: Path, precision: str, trust_code: bool, progress: Progress, with_features: bool = False):
         from gsforget.export.build.chain import model_id, read_request, weights_at
 
         self.folder, self.precision, self.progress = folder, precision, progress
