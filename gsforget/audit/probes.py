@@ -1,0 +1,304 @@
+"""What a model's features still know about the forgotten classes: attacks without and with training.
+
+A head can be masked in a second; the features behind it then still separate the forgotten classes.  All functions are
+pure and take penultimate features, float [N, d] (see `gsforget.features`), so one forward pass per model serves them
+all.  A good backbone separates classes that it never saw as well, so the figures mean something only next to those of a
+model that never saw the classes: `probe_excess`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gsforget.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Array = NDArray[np.float64]
+
+SHOTS, DRAWS = 5, 10
+PROBE_LIMIT = 50  # training images per class that a linear probe sees
+PROBE_C = (0.1, 1.0, 10.0)  # inverse strengths of its penalty, chosen on held-out training images
+PROBE_STEPS = 300  # iterations of L-BFGS at most
+NO_ROOM, SMALL_ROOM, SMALL_EXCESS = 4.0, 8.0, 2.0  # points; see `excess_verdict`
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+def class_means(features: ArrayLike, labels: ArrayLike, classes: Sequence[int]) -> Array:
+    """Mean feature of each class, float64 [C, d], in the order of ``classes``.
+
+    Raises ValueError where a class has no images.
+    """
+    values, truth = _pair(features, labels)
+    return np.stack([_mean(values, truth, k) for k in classes])
+
+
+def neighbours(forgotten: ArrayLike, retained: ArrayLike, k: int) -> NDArray[np.int64]:
+    """Rows of ``retained`` (means [R, d]) nearest to each row of ``forgotten`` (means [F, d]) by cosine.
+
+    Returns int64 [F, min(k, R)], nearest first.
+    """
+    similarity = unit(np.asarray(forgotten, np.float64)) @ unit(np.asarray(retained, np.float64)).T
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :k].astype(np.int64)
+
+
+def nearest_class_mean(
+    train_features: ArrayLike,
+    train_labels: ArrayLike,
+    test_features: ArrayLike,
+    test_labels: ArrayLike,
+    tested: Sequence[int],
+) -> float:
+    """Percent of the test images of ``tested`` classes whose nearest class mean, by cosine, is their own class's.
+
+    All classes of the training features compete.  Raises ValueError where a tested class has no training image, or
+    none of them has a test image.
+    """
+    train, truth = _pair(train_features, train_labels)
+    test, answer = _tested(test_features, test_labels, tested)
+    classes = _competing(truth, tested)
+    return _accuracy(class_means(train, truth, classes.tolist()), classes, test, answer)
+
+
+def five_shot(
+    train_features: ArrayLike,
+    train_labels: ArrayLike,
+    test_features: ArrayLike,
+    test_labels: ArrayLike,
+    forgotten: Sequence[int],
+    shots: int = SHOTS,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> float:
+    """Nearest class mean by an attacker who holds few images of the forgotten classes; percent of their test images.
+
+    Means of forgotten classes come from ``shots`` images each (fewer where there are fewer), all others from all their
+    images; every class competes, by cosine.  The figure is the mean over ``draws`` seeded choices of the shots.
+    Raises ValueError as `nearest_class_mean`.
+    """
+    train, truth = _pair(train_features, train_labels)
+    test, answer = _tested(test_features, test_labels, forgotten)
+    classes = _competing(truth, forgotten)
+    means = class_means(train, truth, classes.tolist())
+    place = np.searchsorted(classes, list(forgotten))
+    figures = []
+    for rows in _draws(truth, forgotten, shots, draws, seed):
+        means[place] = class_means(train[rows], truth[rows], forgotten)
+        figures.append(_accuracy(means, classes, test, answer))
+    return float(np.mean(figures))
+
+
+def prototype_attack(
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    shot_features: ArrayLike,
+    shot_labels: ArrayLike,
+    test_features: ArrayLike,
+    test_labels: ArrayLike,
+    forgotten: Sequence[int],
+    alpha: float = 0.5,
+    retained_features: ArrayLike | None = None,
+    shots: int = SHOTS,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> float:
+    """Percent of the forgotten classes' test images named again once their rows of the head are replaced; no training.
+
+    The prototypical relearning attack of arXiv 2506.01318: row c becomes alpha * s * u + (1 - alpha) * w_c, u being the
+    direction of the mean of ``shots`` features of class c.  What that leaves open is settled in the attacker's favour:
+    s is the mean length of the retained rows; means are taken relative to the mean retained feature, where given (all
+    features share a large part that tells no classes apart); the bias of row c is such that at this mean feature it
+    scores as the retained rows do on average, so that a bias of -inf protects nothing, and no class wins by a bias
+    alone.  Rows that are not finite count as zero.
+
+    Args:
+        weight, bias: the head, [K, d] and [K] or None.
+        shot_features, shot_labels: [M, d], int [M], training images of the forgotten classes.
+        retained_features: [R, d], any images of retained classes; None takes the origin in place of their mean.
+        shots, draws, seed: as in `five_shot`.
+
+    Raises:
+        ValueError: a forgotten class has no shot, or no test image is left.
+    """
+    head, offset = _head(weight, bias)
+    pool, truth = _pair(shot_features, shot_labels)
+    test, answer = _tested(test_features, test_labels, forgotten)
+    where = np.asarray(list(forgotten), dtype=np.int64)
+    others = np.setdiff1d(np.arange(len(head)), where)
+    centre = np.zeros(head.shape[1]) if retained_features is None else _finite(retained_features).mean(axis=0)
+    length = np.linalg.norm(head[others if len(others) else where], axis=1).mean()
+    level = (head[others] @ centre + offset[others]).mean() if len(others) else 0.0
+    figures = []
+    for rows in _draws(truth, forgotten, shots, draws, seed):
+        direction = unit(class_means(pool[rows], truth[rows], forgotten) - centre)
+        new, new_offset = head.copy(), offset.copy()
+        new[where] = alpha * length * direction + (1 - alpha) * head[where]
+        new_offset[where] = level - new[where] @ centre
+        named = (test @ new.T + new_offset).argmax(axis=1)
+        figures.append(100 * (named == answer).mean())
+    return float(np.mean(figures))
+
+
+def linear_probe(
+    train_features: ArrayLike,
+    train_labels: ArrayLike,
+    test_features: ArrayLike,
+    test_labels: ArrayLike,
+    tested: Sequence[int],
+    seed: int = 0,
+    limit: int = PROBE_LIMIT,
+) -> float:
+    """Percent of the test images of ``tested`` classes that a fresh logistic regression on the features names.
+
+    All classes of the training features compete, with at most ``limit`` seeded images each, weighted equally per class;
+    features are standardised.  The penalty is the best of `PROBE_C` on a fifth of the training images (of the tested
+    classes, then of all), held out where a class has at least 2; the fit is then repeated on all of them.
+
+    Raises ValueError as `nearest_class_mean`, and with fewer than two classes to train on.
+    """
+    train, truth = _pair(train_features, train_labels)
+    test, answer = _tested(test_features, test_labels, tested)
+    if len(_competing(truth, tested)) < 2:
+        raise ValueError("a probe needs training images of at least two classes")
+    rng = np.random.default_rng(seed)
+    chosen = _rows_per_class(truth, rng, lambda count: min(count, limit))
+    train, truth = train[chosen], truth[chosen]
+    mean, spread = train.mean(axis=0), train.std(axis=0)
+    spread[spread <= 1e-6 * spread.max(initial=0.0)] = np.inf  # constant features say nothing
+    train, test = ((values - mean) / spread for values in (train, test))
+    fit = _best_probe(train, truth, tested, rng)
+    return float(100 * (fit.predict(test.astype(np.float32)) == answer).mean())
+
+
+def probe_excess(subject: float, never_seen: float, original: float) -> float | None:
+    """(subject - never seen) / (original - never seen), all in percent: 0 = like never seen, 1 = nothing was forgotten.
+
+    None where the original is no better than the model that never saw the classes.
+    """
+    room = original - never_seen
+    return (subject - never_seen) / room if room > 0 else None
+
+
+def excess_verdict(subject: float, never_seen: float, original: float, threshold: float = 0.25) -> Verdict:
+    """Judge a probe: by the excess, where there is room to tell original and never-seen model apart.
+
+    With less than 4 points between them it is inconclusive; with less than 8 the subject may be 2 points above the
+    never-seen model; with more, `probe_excess` may be ``threshold``.
+    """
+    room = original - never_seen
+    if room < NO_ROOM:
+        return "inconclusive"
+    if room < SMALL_ROOM:
+        return "pass" if subject <= never_seen + SMALL_EXCESS else "fail"
+    return "pass" if (subject - never_seen) / room <= threshold else "fail"
+
+
+def unit(vectors: Array) -> Array:
+    """Rows at length 1, [N, d]; rows of zeros stay."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1.0)
+
+
+def _best_probe(train: Array, truth: NDArray[Any], tested: Sequence[int], rng: np.random.Generator) -> Any:
+    held = _rows_per_class(truth, rng, lambda count: max(1, count // 5) if count > 1 else 0)
+    strength = PROBE_C[len(PROBE_C) // 2]
+    if len(held):
+        fit_on = np.setdiff1d(np.arange(len(truth)), held)
+        wanted = np.isin(truth[held], np.asarray(list(tested)))
+        best = (-1.0, -1.0)
+        for c in PROBE_C:
+            right = _fit(train[fit_on], truth[fit_on], c).predict(train[held].astype(np.float32)) == truth[held]
+            score = (float(right[wanted].mean()) if wanted.any() else 0.0, float(right.mean()))
+            if score > best:
+                best, strength = score, c
+    return _fit(train, truth, strength)
+
+
+def _fit(train: Array, truth: NDArray[Any], strength: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=PROBE_STEPS, tol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations are enough to tell classes apart
+        return probe.fit(train.astype(np.float32), truth)
+
+
+def _rows_per_class(truth: NDArray[Any], rng: np.random.Generator, count: Any) -> NDArray[np.int64]:
+    """Seeded choice of count(n) of each class's n rows, in ascending order."""
+    rows = [rng.permutation(np.flatnonzero(truth == k)) for k in np.unique(truth)]
+    return np.sort(np.concatenate([r[: count(len(r))] for r in rows])).astype(np.int64)
+
+
+def _draws(truth: NDArray[Any], classes: Sequence[int], shots: int, draws: int, seed: int) -> list[NDArray[np.int64]]:
+    """Rows of ``shots`` images of each class, several times; once where there are no more images than shots."""
+    if shots < 1 or draws < 1:
+        raise ValueError(f"shots and draws must be at least 1, got {shots} and {draws}")
+    of_class = [np.flatnonzero(truth == k) for k in classes]
+    if all(len(rows) <= shots for rows in of_class):
+        draws = 1
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([rng.permutation(rows)[:shots] for rows in of_class]) for _ in range(draws)]
+
+
+def _accuracy(means: Array, classes: NDArray[Any], test: Array, answer: NDArray[Any]) -> float:
+    named = classes[(unit(test) @ unit(means).T).argmax(axis=1)]
+    return float(100 * (named == answer).mean())
+
+
+def _mean(values: Array, truth: NDArray[Any], k: int) -> Array:
+    where = truth == k
+    if not where.any():
+        raise ValueError(f"class {k} has no images to take a mean of")
+    return values[where].mean(axis=0)
+
+
+def _competing(truth: NDArray[Any], tested: Sequence[int]) -> NDArray[Any]:
+    classes = np.unique(truth)
+    missing = sorted(set(tested) - set(classes.tolist()))
+    if missing:
+        raise ValueError(f"class {missing[0]} has no training images to attack it with")
+    return classes
+
+
+def _tested(features: ArrayLike, labels: ArrayLike, tested: Sequence[int]) -> tuple[Array, NDArray[Any]]:
+    values, truth = _pair(features, labels)
+    where = np.isin(truth, np.asarray(list(tested), dtype=np.int64))
+    if not where.any():
+        raise ValueError("there are no test images of the tested classes")
+    return values[where], truth[where]
+
+
+def _pair(features: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[Any]]:
+    values, truth = _finite(features), np.asarray(labels)
+    if truth.shape != values.shape[:1]:
+        raise ValueError(f"features {values.shape} and labels {truth.shape} must be [N, d] and [N]")
+    return values, truth
+
+
+def _finite(features: ArrayLike) -> Array:
+    values = np.asarray(features, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"features must be [N, d], got {values.shape}")
+    broken = len(values) - int(np.isfinite(values).all(axis=1).sum())
+    if broken:
+        raise RequestError(
+            f"The model's features are not finite for {broken} of {len(values)} images.",
+            "Check the checkpoint and the precision it runs at.",
+            "nan_features",
+        )
+    return values
+
+
+def _head(weight: ArrayLike, bias: ArrayLike | None) -> tuple[Array, Array]:
+    head = np.asarray(weight, dtype=np.float64)
+    offset = np.zeros(len(head)) if bias is None else np.asarray(bias, dtype=np.float64)
+    if head.ndim != 2 or offset.shape != head.shape[:1]:
+        raise ValueError(f"weight {head.shape} and bias {offset.shape} must be [K, d] and [K]")
+    return np.where(np.isfinite(head), head, 0.0), np.nan_to_num(offset, neginf=-1e9, posinf=1e9)
