@@ -36,6 +36,13 @@ def class_name(character: str) -> str:
     return f"u{ord(character):04x}"
 
 
+def class_requests(count: int = 4) -> list[tuple[str, ...]]:
+    """The classes of the first requests, 20 each, in the order of the published protocol."""
+    order = sorted(class_name(c) for c in CHARACTERS)
+    random.Random(ORDER_SEED).shuffle(order)
+    return [tuple(order[80 - 20 * n : 100 - 20 * n]) for n in range(count)]
+
+
 def usable_fonts() -> list[Path]:
     """Fonts that draw all 100 characters, no two of one name, in a seeded order."""
     from fontTools.ttLib import TTFont, TTLibError
@@ -118,9 +125,7 @@ def main() -> None:
         make_images(args.dir / "data")
     if not is_model_folder(args.dir / "model"):
         train_model(args.dir / "data", args.dir / "model")
-    order = sorted(class_name(c) for c in CHARACTERS)
-    random.Random(ORDER_SEED).shuffle(order)
-    requests = [tuple(order[80 - 20 * n : 100 - 20 * n]) for n in range(args.requests)]
+    requests = class_requests(args.requests)
     store = Store(RESULTS, False)
     for seed in SEEDS[: args.seeds]:
         folder = args.dir / "model"
