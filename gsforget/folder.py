@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,10 +128,20 @@ def is_model_folder(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of a model folder.  Raises RequestError when it is absent or malformed."""
+def read_config(folder: Path, weights: bool = True) -> ModelConfig:
+    """Read `config.json` of a model folder.
+
+    Raises RequestError when it is absent or malformed, or, unless ``weights`` is False, when there are no weights.
+    """
     path = folder / CONFIG
-    if not path.is_file() or not (folder / WEIGHTS).is_file():
+    if not path.is_file() or (weights and not (folder / WEIGHTS).is_file()):
+        gone = find_purged(folder, WEIGHTS) if path.is_file() else None
+        if gone:
+            raise RequestError(
+                f"{folder} no longer holds a model: gsforget purge removed its weights on {day(gone.date)}.",
+                "Name the newest run of the chain.",
+                "no_model",
+            )
         lacking = CONFIG if not path.is_file() else WEIGHTS
         raise RequestError(
             f"{folder} is not a model folder: {lacking} is missing.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256
+from gsforget.purged import day, find_purged
 
 LEDGER = "ledger.jsonl"
 FIRST = "0" * 64  # `previous` of the first line
@@ -122,7 +123,7 @@ def forgotten_names(entries: list[dict[str, Any]]) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: verdict ``pass``, ``fail`` or ``not checked``."""
+    """One thing that was checked: verdict ``pass``, ``fail``, ``purged`` or ``not checked``."""
 
     name: str
     verdict: str
@@ -167,7 +168,7 @@ def inspect(run_folder: Path) -> Report:
 
     Raises RequestError ``no_model`` or ``no_ledger`` where there is nothing to check.
     """
-    config = read_config(run_folder)
+    config = read_config(run_folder, weights=find_purged(run_folder, WEIGHTS) is None)
     path = run_folder / LEDGER
     if not path.is_file() and not config.forgotten:
         raise _no_ledger(run_folder)
@@ -185,7 +186,7 @@ def inspect(run_folder: Path) -> Report:
     return Report(
         [
             chain,
-            *(_check_file(field, run_folder / name, last[field], len(entries)) for field, name in files),
+            *(_check_file(field, run_folder, name, last[field], len(entries)) for field, name in files),
             _check_forgotten(config, entries),
             *check_artifacts(run_folder),
         ]
@@ -209,9 +210,16 @@ def parent_lines(folder: Path) -> list[str]:
     return read_lines(folder / LEDGER)
 
 
-def _check_file(name: str, path: Path, expected: str | None, line: int) -> Check:
+def _check_file(name: str, run_folder: Path, file: str, expected: str | None, line: int) -> Check:
+    path = run_folder / file
+    gone = find_purged(run_folder, file)
+    if gone and gone.sha256 != expected:
+        detail = f"{path} was purged, but what was removed is not the file that line {line} of {LEDGER} names"
+        return Check(name, "fail", detail)
+    if gone:
+        return Check(name, "purged", f"{path.name}, as line {line} names it, was removed on {day(gone.date)}")
     if not path.is_file():
-        return Check(name, "not checked", f"{path} is not there (removed by gsforget purge, or never written)")
+        return Check(name, "not checked", f"{path} is not there, and no purge noted its removal")
     if expected is None:
         return Check(name, "not checked", f"line {line} names no {name}")
     if sha256(path) != expected:

@@ -15,6 +15,7 @@ import numpy as np
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
+from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,12 +123,22 @@ def _walk_back(folder: Path) -> tuple[Path, list[Path], str]:
             return folder, steps, reason
         number = request.get("sequence", "?")
         if not (folder / DELTA).is_file():
-            return folder, steps, f"the factors of erasure {number} are gone"
+            return folder, steps, f"the factors of erasure {number} {_gone(folder, DELTA)}"
         parent = _parent(folder, request)
         if parent is None:
-            return folder, steps, f"the model before erasure {number} is gone, or is not a folder"
+            return folder, steps, f"the model before erasure {number} {_gone_parent(request)}"
         steps.insert(0, folder)
         folder = parent
+
+
+def _gone(folder: Path, name: str) -> str:
+    removed = find_purged(folder, name)
+    return f"were removed by gsforget purge on {day(removed.date)}" if removed else "are gone"
+
+
+def _gone_parent(request: dict[str, Any]) -> str:
+    removed = find_purged(Path(request["parent"]), WEIGHTS) if request.get("parent") else None
+    return f"was removed by gsforget purge on {day(removed.date)}" if removed else "is gone, or is not a folder"
 
 
 def _parent(folder: Path, request: dict[str, Any]) -> Path | None:
