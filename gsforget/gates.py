@@ -69,15 +69,15 @@ def evaluate_gates(
                 "no_test_images",
             )
     gates = [
-        _accuracy_gate("forget_acc", after, of_classes(truth, forget), max_forget_acc),
-        _drop_gate("retain_drop", before[kept], after[kept], max_retain_drop),
+        accuracy_gate("forget_acc", after, of_classes(truth, forget), max_forget_acc),
+        drop_gate("retain_drop", before[kept], after[kept], max_retain_drop),
     ]
     present = [k for k in sorted(retained) if (truth == k).any()]
-    drops = [_drop_gate("class_drop", before[truth == k], after[truth == k], max_class_drop, k) for k in present]
+    drops = [drop_gate("class_drop", before[truth == k], after[truth == k], max_class_drop, k) for k in present]
     gates.append(max(drops, key=lambda gate: (gate.bound, gate.value)))
     earlier = of_classes(truth, old)
     if earlier.any():
-        gates.append(_accuracy_gate("old_acc", after, earlier, max_forget_acc))
+        gates.append(accuracy_gate("old_acc", after, earlier, max_forget_acc))
     return gates
 
 
@@ -98,14 +98,16 @@ def paired_drop(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
     return 100 * drop, 100 * min(drop, (b - c) / (n + 2) - Z_ONE_SIDED * deviation)
 
 
-def _accuracy_gate(name: str, after: NDArray[np.bool_], where: NDArray[np.bool_], threshold: float) -> Gate:
+def accuracy_gate(name: str, after: NDArray[np.bool_], where: NDArray[np.bool_], threshold: float) -> Gate:
+    """Accuracy in percent over the images ``where`` (at least one), judged by its lower bound."""
     measured = accuracy(after, where)
     bound, _ = wilson(measured.right, measured.count, Z_ONE_SIDED)
     return Gate(name, 100.0 * measured.right / measured.count, bound, threshold, bound <= threshold)
 
 
-def _drop_gate(
+def drop_gate(
     name: str, before: NDArray[np.bool_], after: NDArray[np.bool_], threshold: float, class_index: int | None = None
 ) -> Gate:
+    """Loss of accuracy in points on the same images (at least one), judged by its lower bound."""
     value, bound = paired_drop(before, after)
     return Gate(name, value, bound, threshold, bound <= threshold, class_index)
