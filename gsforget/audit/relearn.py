@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from gsforget.lora.blocks import as_logits
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HEAD_LR, FULL_LR = 1e-2, 1e-4
 BATCH = 64
-FAR = 100.0  # nats between a row's bias and the median beyond which no training would bring it back
+FAR = 10.0  # nats between a row's bias and the median beyond which an attacker starts from the median instead
 Mode = Literal["head", "full", "retain"]
 
 
@@ -140,11 +140,9 @@ def relearn_head(
         if bias is not None:
             head.bias.copy_(bias)
 
+    @torch.no_grad()
     def right() -> float:
-        with torch.no_grad():
-            return float(
-                100 * (linear(test_features.float(), head.weight, head.bias).argmax(1) == test_labels).float().mean()
-            )
+        return float(100 * (head(test_features.float()).argmax(1) == test_labels).float().mean())
 
     def loss(batch: Tensor) -> Tensor:
         chosen = batch.to(features.device)
