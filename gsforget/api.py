@@ -119,7 +119,7 @@ def open_model_and_data(
     if isinstance(model, (str, Path)):
         source = load_source(
             str(model),
-            None if class_names or Path(model).is_dir() else scan(data, None).class_names,
+            None if class_names or Path(model).is_dir() else scan(data, None, missing_ok=True).class_names,
             checkpoint=checkpoint,
             model_kwargs=model_kwargs,
             class_names=class_names,
@@ -127,9 +127,9 @@ def open_model_and_data(
             trust_code=trust_code,
         )
     else:
-        names = class_names or scan(data, None).class_names
+        names = class_names or scan(data, None, missing_ok=True).class_names
         source = source_of_module(model, names, preprocessing or {}, architecture)
-    images = scan(data, source.names, optional=list(source.erased.values()))
+    images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
 
 

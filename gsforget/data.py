@@ -59,13 +59,17 @@ class ImageFolder:
     test_name: str
 
 
-def scan(root: Path, class_names: list[str] | None, optional: Collection[str] = ()) -> ImageFolder:
+def scan(
+    root: Path, class_names: list[str] | None, optional: Collection[str] = (), missing_ok: bool = False
+) -> ImageFolder:
     """List the images of a data folder.
 
     Args:
         root: folder that holds `train` and `test` (or `val`).
         class_names: names in the model's index order; None takes the sorted folders of `train`.
-        optional: names that may lack images or a folder, such as erased classes.
+        optional: names that may lack images or a folder, such as erased classes; the folder of the class at index 3 may
+            be called `forgotten-3` then, as the model's `config.json` calls it.
+        missing_ok: a class without any training images is no error (nor is it where it lacks test images, too).
 
     Raises:
         RequestError: what is missing, empty, or does not fit the class names.
@@ -80,9 +84,12 @@ def scan(root: Path, class_names: list[str] | None, optional: Collection[str] = 
         raise RequestError(f"{root} has neither a test/ nor a val/ folder.", LAYOUT, "no_test")
     names = list(class_names) if class_names is not None else _folders(train)
     _check_names(names, train)
+    renamed = {n: new for i, n in enumerate(names) if n in optional and (new := f"forgotten-{i}") not in {*names} - {n}}
+    absent = [n for n in names if not _images(train, n, renamed)] if missing_ok and _folders(train) else []
+    free = {*optional, *absent}
     for folder in (train, test):
-        _check_folders(folder, names, optional, given=class_names is not None)
-    return ImageFolder(root, names, _list(train, names, optional), _list(test, names, optional), test.name)
+        _check_folders(folder, names, renamed, absent, given=class_names is not None)
+    return ImageFolder(root, names, _list(train, names, free, renamed), _list(test, names, free, renamed), test.name)
 
 
 def _folders(split: Path) -> list[str]:
@@ -107,11 +114,18 @@ def _check_names(names: list[str], train: Path) -> None:
         )
 
 
-def _check_folders(split: Path, names: list[str], optional: Collection[str], given: bool) -> None:
-    """The folders of a split must be the class names, no more and no fewer (but for optional ones)."""
+def _check_folders(
+    split: Path, names: list[str], renamed: dict[str, str], absent: Collection[str], given: bool
+) -> None:
+    """The folders of a split must be the class names, no more and no fewer, but for classes erased or without images.
+
+    ``renamed`` maps the names of erased classes to their new ones; ``absent`` holds those without training images.
+    """
     there = _folders(split)
-    missing = [n for n in names if n not in there and n not in optional]
-    extra = [n for n in there if n not in names]
+    extra = [n for n in there if n not in names and n not in renamed.values()]
+    # Beside a folder that fits no name, a class without a folder is more likely misspelt than missing.
+    free = {*renamed} if extra else {*renamed, *absent}
+    missing = [n for n in names if n not in there and n not in free]
     if not missing and not extra:
         return
     hint = "Give the names in the model's index order, as the folders are named: --class-names FILE, one per line."
@@ -129,8 +143,8 @@ def _check_folders(split: Path, names: list[str], optional: Collection[str], giv
         parts.append(
             f"has {len(extra)} folder(s) that {'no class name fits' if given else 'train/ lacks'}: {listed(extra)}"
         )
-        if optional:
-            hint = f"A class erased earlier may be removed, or its folder be named {listed(sorted(optional))}."
+        if renamed:
+            hint = f"A class erased earlier may be removed, or its folder be named {listed(sorted(renamed))}."
     if not given:
         hint = "Both splits need the same class folders."
     counts = f" ({len(names)} class names, {len(there)} folders)" if len(names) != len(there) else ""
@@ -143,19 +157,26 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
 
 
-def _list(split: Path, names: list[str], optional: Collection[str]) -> Split:
+def _list(split: Path, names: list[str], optional: Collection[str], renamed: dict[str, str]) -> Split:
     paths: list[Path] = []
     labels: list[int] = []
     for index, name in enumerate(names):
-        folder = split / name
-        found = sorted(p for p in folder.iterdir() if _is_image(p)) if folder.is_dir() else []
+        found = _images(split, name, renamed)
         if not found and name not in optional:
             raise RequestError(
-                f"{folder} holds no images.", "Add png, jpg, webp or bmp files, or remove the class.", "no_images"
+                f"{split / name} holds no images.",
+                "Add png, jpg, webp or bmp files, or remove the class.",
+                "no_images",
             )
         paths += found
         labels += [index] * len(found)
     return Split(paths, np.asarray(labels, dtype=np.int64))
+
+
+def _images(split: Path, name: str, renamed: dict[str, str]) -> list[Path]:
+    """The images of a class, sorted by name; of an erased class also those in the folder of its new name."""
+    folders = [split / folder for folder in dict.fromkeys((name, renamed.get(name, name)))]
+    return [p for folder in folders if folder.is_dir() for p in sorted(folder.iterdir()) if _is_image(p)]
 
 
 def _is_image(path: Path) -> bool:
@@ -195,11 +216,20 @@ def _shuffled(labels: NDArray[np.int64], seed: int) -> list[tuple[int, NDArray[n
     ]
 
 
-def manifest_sha256(split: Split) -> str:
-    """SHA-256 over `class folder/file name`, size and content hash of every image, in the order of their names."""
+def content_sha256(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, hexadecimal, in the order of ``paths``."""
     with ThreadPoolExecutor(cpu_threads()) as pool:
-        content = pool.map(lambda p: f"{p.parent.name}/{p.name}\0{p.stat().st_size}\0{sha256(p)}\n", split.paths)
-        return hashlib.sha256("".join(sorted(content)).encode()).hexdigest()
+        return list(pool.map(sha256, paths))
+
+
+def manifest_sha256(split: Split, hashes: Sequence[str] | None = None) -> str:
+    """SHA-256 over `class folder/file name`, size and content hash of every image, in the order of their names.
+
+    ``hashes`` are those of ``content_sha256``, where they are known already.
+    """
+    known = content_sha256(split.paths) if hashes is None else hashes
+    lines = [f"{p.parent.name}/{p.name}\0{p.stat().st_size}\0{h}\n" for p, h in zip(split.paths, known, strict=True)]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def cpu_threads() -> int:

@@ -125,9 +125,12 @@ class _Session:
         self.original = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
     def _read_images(self, load: Callable) -> tuple[ImageSet, ImageSet]:
-        from gsforget.data import ImageSet, few_shot
+        from gsforget.coverage import check_counts, check_identical, count_warnings
+        from gsforget.data import ImageSet, content_sha256, few_shot, manifest_sha256
 
-        request = self.request
+        request, names = self.request, self.source.names
+        sides = self.wanted, self.retained, names
+        check_counts(self.data.train.labels, *sides)
         test = ImageSet(self.data.test, load, request.skip_corrupt)
         test.check()
         split = self.data.train.select(np.flatnonzero(~of_classes(self.data.train.labels, self.erased)))
@@ -136,14 +139,13 @@ class _Session:
         split = split.select(few_shot(split.labels, shots, request.settings.seed))
         images = ImageSet(split, load, request.skip_corrupt)
         images.check()
-        present = set(images.labels.tolist())
-        lacking = [self.source.names[i] for i in sorted(self.wanted + self.retained) if i not in present]
-        if lacking:
-            raise RequestError(
-                f"No readable training images are left for {', '.join(lacking)}.",
-                "Add images to their train folders.",
-                "no_images",
-            )
+        check_counts(images.labels.numpy(), *sides)
+        self.warnings = count_warnings(images.labels.numpy(), *sides)
+        self.manifests = {}
+        for name, part in (("train", self.data.train), ("test", self.data.test)):
+            hashes = content_sha256(part.paths)
+            self.warnings += check_identical(part, hashes, *sides, name)
+            self.manifests[name] = manifest_sha256(part, hashes)
         return test, images
 
     def measure_before(self) -> None:
@@ -239,7 +241,8 @@ class _Session:
             bound=self.bound,
             device=self.device.type,
             data_root=self.data.root,
-            manifests=self._manifests(),
+            manifests=self.manifests,
+            warnings=self.warnings,
             dropped_images=[str(p) for p in self.test.dropped + self.images.dropped],
         )
         outside = sorted(set(evidence.changed) - delta.keys())
@@ -248,11 +251,6 @@ class _Session:
                 f"Tensors outside the active groups changed: {', '.join(outside)}.", "Please report this."
             )
         return evidence
-
-    def _manifests(self) -> dict[str, str]:
-        from gsforget.data import manifest_sha256
-
-        return {"train": manifest_sha256(self.data.train), "test": manifest_sha256(self.data.test)}
 
     def _test_logits(self) -> Tensor:
         """Logits of all test images, float32 [N, K], on the CPU."""

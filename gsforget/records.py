@@ -68,6 +68,7 @@ class Evidence:
     data_root: Path
     manifests: dict[str, str]
     dropped_images: list[str]
+    warnings: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -110,6 +111,9 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
     not_tested = list(NOT_TESTED)
     if e.old and summary["old_acc_after"] is None:
         not_tested.append("old_acc_after: the test folder holds no images of the classes erased before")
+    untested = [e.source.names[i] for i in e.retain if not (e.labels == i).any()]
+    if untested:
+        not_tested.append(f"retained classes without test images: {', '.join(untested)}")
     return {
         "sequence": e.config.sequence,
         "classes": [e.source.names[i] for i in e.forget],
@@ -123,6 +127,7 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
         "seconds": {"total": round(seconds, 2), "train": round(e.trained.seconds, 2)},
         "audit": {"linear_probe": None, "linear_probe_excess": None, "prototype_attack": None, "mia_auc": None},
         "not_tested": not_tested,
+        "warnings": list(e.warnings),
         "gates": [gate.to_json() for gate in e.gates],
         "artifacts": {},
         "sha256": {},
@@ -150,6 +155,7 @@ def metrics(e: Evidence) -> dict[str, Any]:
         "chosen": chosen(e),
         "validation": [watch.to_json() for watch in e.trained.watches],
         "dropped_images": e.dropped_images,
+        "warnings": list(e.warnings),
         "norms_every_5_steps": e.trained.norms[::5],
     }
 
@@ -176,6 +182,7 @@ def request_record(e: Evidence) -> dict[str, Any]:
         "settings": asdict(e.request.settings),
         "thresholds": asdict(e.request.thresholds),
         "shots": e.request.shots,
+        **({"request": e.request.origin} if e.request.origin else {}),
         "chosen": chosen(e),
         "device": e.device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},

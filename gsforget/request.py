@@ -41,6 +41,7 @@ class Request:
         method: one of `METHODS`.
         reference: model folder of a model trained without the classes, to measure the features against.
         never_seen: names or indices of classes in the data that the model was never trained on.
+        origin: id, date, requester and basis of a request file's entry; kept in request.json and nowhere else.
     """
 
     classes: list[str]
@@ -52,6 +53,7 @@ class Request:
     method: str = DEFAULT_METHOD
     reference: Path | None = None
     never_seen: list[str] = field(default_factory=list)
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 def check_request(request: Request) -> None:

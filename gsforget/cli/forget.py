@@ -166,6 +166,8 @@ def show(outcome: Any) -> None:
         say(f"Left out, because it cannot be read: {path}")
     if len(dropped) > 5:
         say(f"… and {len(dropped) - 5} more, listed in metrics.json.")
+    for warning in document["warnings"]:
+        say(f"Warning: {warning}")
     if outcome.passed:
         say(f"Passed. The model without these classes is in {outcome.folder}.")
     else:

@@ -135,11 +135,25 @@ def no_class_folders(o, world, cwd):
     (data / "train").mkdir()
 
 
-@case("no_images", "train/cat", "png")
-def class_without_images(o, world, cwd):
+@case("no_images", "bee", "train folder")
+def class_to_forget_without_images(o, world, cwd):
     data = copy_of_data(o, world, cwd)
-    for path in (data / "train" / "cat").iterdir():
+    for path in (data / "train" / "bee").iterdir():
         path.rename(path.with_suffix(".txt"))
+
+
+@case("no_images", "retained classes", "'ant', 'cat', 'dog'")
+def no_retained_class_has_images(o, world, cwd):
+    data = copy_of_data(o, world, cwd)
+    for name in ("ant", "cat", "dog"):
+        shutil.rmtree(data / "train" / name)
+
+
+@case("identical_images", "'bee'", "'cat'")
+def images_to_forget_that_are_retained_too(o, world, cwd):
+    data = copy_of_data(o, world, cwd)
+    for path in (data / "train" / "bee").iterdir():
+        shutil.copyfile(path, data / "train" / "cat" / f"copy-{path.name}")
 
 
 @case("no_images", "test/cat", "png")
@@ -157,10 +171,10 @@ def one_class_too_many(o, world, cwd):
 
 
 @case("class_names_differ", "'dog'")
-def one_class_too_few(o, world, cwd):
+def one_class_misspelt(o, world, cwd):
     data = copy_of_data(o, world, cwd)
     for split in ("train", "test"):
-        shutil.rmtree(data / split / "dog")
+        (data / split / "dog").rename(data / split / "dgo")
 
 
 def spoil_image(data, split, content):
@@ -589,6 +603,11 @@ def test_one_image_per_class(world, cli, draw, tmp_path):
     result = cli(tmp_path, "forget", "--model", world.model, "--data", "data", "--classes", "bee")
     assert result.status in (0, 3), result.err
     assert result.document["verdict"] == ("pass" if result.status == 0 else "fail")
+    forgotten, retained, unseen = result.document["warnings"]
+    assert "1 forgotten class(es) have only 1 to 4 training images: 'bee'" in forgotten
+    assert "3 retained class(es) have only 1 to 4 training images: 'ant', 'cat', 'dog'" in retained
+    assert "no validation part" in forgotten
+    assert "fixed rule" in unseen
 
 
 def test_two_classes_forgetting_one(world, cli, teach, tmp_path):
@@ -614,3 +633,46 @@ def test_two_classes_forgetting_one(world, cli, teach, tmp_path):
     assert {g["class"] for i in found.document["images"] for g in i["top"]} == {"ant"}
     again = cli(tmp_path, "forget", "--model", "runs/forget-0001", "--data", "data", "--classes", "ant")
     assert (again.status, again.document["error"]["kind"]) == (2, "all_classes")
+
+
+def test_retained_classes_without_images_are_kept_with_a_warning(world, cli, tmp_path):
+    data = copy_of_data({}, world, tmp_path)
+    shutil.rmtree(data / "train" / "cat")
+    for path in (data / "train" / "dog").iterdir():
+        path.unlink()
+    shutil.rmtree(data / "test" / "cat")
+    result = cli(
+        tmp_path, "forget", "--model", world.model, "--data", data, "--classes", "bee",
+        "--max-retain-drop", "100", "--max-class-drop", "100",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    warning = result.document["warnings"][0]
+    assert "2 of 3 retained classes have no training images: 'cat', 'dog'" in warning
+    assert f"Warning: {warning}" in result.err
+    assert any("without test images: cat" in note for note in result.document["not_tested"])
+    metrics = json.loads((tmp_path / "runs/forget-0001/metrics.json").read_text())
+    assert metrics["classes"][2]["after"]["acc"] is None
+    assert metrics["classes"][3]["after"]["count"] == 20
+    assert metrics["warnings"] == result.document["warnings"]
+
+
+def test_an_image_on_both_sides_is_named(world, cli, tmp_path):
+    data = copy_of_data({}, world, tmp_path)
+    shutil.copyfile(data / "train/bee/003.png", data / "train/cat/twin.png")
+    shutil.copyfile(data / "test/bee/003.png", data / "test/dog/twin.png")
+    gates = [f"--max-{g}=100" for g in ("forget-acc", "retain-drop", "class-drop")]
+    result = cli(tmp_path, "forget", "--model", world.model, "--data", data, "--classes", "bee", "--epochs=1", *gates)
+    assert result.status == 0, result.err
+    train, test = result.document["warnings"]
+    assert "1 image file(s) in train" in train
+    assert "bee/003.png, the same as cat/twin.png" in train
+    assert "1 image file(s) in test" in test
+
+
+def test_an_erased_class_may_have_its_new_name_as_a_folder(world, first_run, cli, tmp_path):
+    data = copy_of_data({}, world, tmp_path)
+    for split in ("train", "test"):
+        (data / split / "bee").rename(data / split / "forgotten-1")
+    result = cli(tmp_path, "forget", "--model", first_run[0] / "runs/forget-0001", "--data", data, "--classes", "cat")
+    assert result.status == 0, result.err
+    assert result.document["metrics"]["old_acc_after"] <= 1

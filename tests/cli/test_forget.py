@@ -26,6 +26,7 @@ FIELDS = {
     "seconds": {"total": float, "train": float},
     "audit": dict.fromkeys(("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc"), type(None)),
     "not_tested": [str],
+    "warnings": [str],
     "artifacts": dict,
     "sha256": dict,
     # Beyond the design's list: which promise was judged how.
@@ -237,7 +238,12 @@ def test_numbers_by_flags_are_kept(world, cli, tmp_path):
     settings = request["settings"]
     asked = {"epochs": 1, "lr": 0.01, "rank": 2, "prox": 0.001, "target_groups": 1, "bnd": 3, "seed": 7}
     assert {k: settings[k] for k in asked} == asked
-    assert request["thresholds"] == {"max_forget_acc": 100, "max_retain_drop": 100, "max_class_drop": 100}
+    assert request["thresholds"] == {
+        "max_forget_acc": 100,
+        "max_retain_drop": 100,
+        "max_class_drop": 100,
+        "max_probe_excess": None,
+    }
     assert request["chosen"]["bnd"] == 3
     assert request["chosen"]["target_groups"] == 1
     assert request["chosen"]["prox_first"] == request["chosen"]["prox_last"] == 0.001

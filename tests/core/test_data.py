@@ -240,3 +240,43 @@ def test_manifest_follows_content_and_names_only(root, tmp_path):
 def test_memory_is_counted_in_bytes():
     assert 2**20 < data.available_memory() < 2**50
     assert data.cpu_threads() >= 1
+
+
+def test_classes_without_training_images_may_be_missing(root):
+    shutil.rmtree(root / "train/b")
+    shutil.rmtree(root / "test/b")
+    for path in (root / "train/c").iterdir():
+        path.unlink()
+    names = ["a", "b", "c"]
+    assert refused(root, names).kind == "class_names_differ"
+    found = scan(root, names, missing_ok=True)
+    assert [found.train.count(k) for k in range(3)] == [3, 0, 0]
+    assert [found.test.count(k) for k in range(3)] == [1, 0, 1]
+    (root / "train/bb").mkdir()
+    error = refused(root, names, missing_ok=True)
+    assert "'b'" in error.message, "beside a folder that fits no name a class is misspelt, not missing"
+    assert "'bb'" in error.message
+
+
+def test_a_class_with_training_images_needs_test_images(root):
+    (root / "test/b/0.png").unlink()
+    assert refused(root, None, missing_ok=True).kind == "no_images"
+
+
+def test_the_folder_of_an_erased_class_may_have_its_new_name(root):
+    (root / "train/b").rename(root / "train/forgotten-1")
+    (root / "test/b").rename(root / "test/forgotten-1")
+    names = ["a", "b", "c"]
+    found = scan(root, names, optional=["b"])
+    assert [found.train.count(k) for k in range(3)] == [3, 3, 3]
+    assert found.test.labels.tolist() == [0, 1, 2]
+    assert "'forgotten-1'" in refused(root, names).message
+    assert "'forgotten-1'" in refused(root, names, optional=["a"]).message, "that is the name of another index"
+    assert scan(root, ["a", "forgotten-1", "c"], optional=["forgotten-1"]).train.count(1) == 3
+
+
+def test_hashes_are_used_again(root):
+    split = scan(root, None).train
+    hashes = data.content_sha256(split.paths)
+    assert len(set(hashes)) == len(split)
+    assert manifest_sha256(split, hashes) == manifest_sha256(split)
