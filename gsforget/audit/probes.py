@@ -25,7 +25,7 @@ SHOTS, DRAWS = 5, 10
 ALPHAS = (0.5, 1.0)  # share of the shots in a replaced row: the paper's, and all
 PROBE_LIMIT = 50  # training images per class that a linear probe sees
 PROBE_C = (0.1, 1.0, 10.0)  # inverse strengths of its penalty, chosen on held-out training images
-PROBE_STEPS = 300  # iterations of L-BFGS at most
+PROBE_STEPS, PROBE_TOLERANCE = 200, 1e-5  # of L-BFGS; more moved no accuracy by half a point on 100 classes
 NO_ROOM, SMALL_ROOM, SMALL_EXCESS = 4.0, 8.0, 2.0  # points; see `excess_verdict`
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -163,8 +163,9 @@ def linear_probe(
     """Percent of the test images of ``tested`` classes that a fresh logistic regression on the features names.
 
     All classes of the training features compete, with at most ``limit`` seeded images each, weighted equally per class;
-    features are standardised.  The penalty is the best of `PROBE_C` on a fifth of the training images (of the tested
-    classes, then of all), held out where a class has at least 2; the fit is then repeated on all of them.
+    features are standardised.  The penalty is the best of `PROBE_C` on a fifth of the training images, held out where a
+    class has at least 2: by the accuracy on the tested classes, which the attacker wants, plus that on all, which is
+    known better.  The fit is then repeated on all of them.
 
     Raises ValueError as `nearest_class_mean`, and with fewer than two classes to train on.
     """
@@ -217,10 +218,10 @@ def _best_probe(train: Array, truth: NDArray[Any], tested: Sequence[int], rng: n
     if len(held):
         fit_on = np.setdiff1d(np.arange(len(truth)), held)
         wanted = np.isin(truth[held], np.asarray(list(tested)))
-        best = (-1.0, -1.0)
+        best = -1.0
         for c in PROBE_C:
             right = _fit(train[fit_on], truth[fit_on], c).predict(train[held].astype(np.float32)) == truth[held]
-            score = (float(right[wanted].mean()) if wanted.any() else 0.0, float(right.mean()))
+            score = float(right.mean() + (right[wanted].mean() if wanted.any() else 0.0))
             if score > best:
                 best, strength = score, c
     return _fit(train, truth, strength)
@@ -230,9 +231,9 @@ def _fit(train: Array, truth: NDArray[Any], strength: float) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=PROBE_STEPS, tol=1e-6)
+    probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=PROBE_STEPS, tol=PROBE_TOLERANCE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations are enough to tell classes apart
+        warnings.simplefilter("ignore", ConvergenceWarning)  # see PROBE_STEPS
         return probe.fit(train.astype(np.float32), truth)
 
 

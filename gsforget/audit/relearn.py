@@ -25,7 +25,7 @@ from gsforget.lora.blocks import as_logits
 if TYPE_CHECKING:
     Value = TypeVar("Value")
 
-HEAD_LR, FULL_LR = 1e-2, 1e-4
+HEAD_LR, FULL_LR = 1e-2, 3e-4
 BATCH = 64
 FAR = 10.0  # nats between a row's bias and the median beyond which an attacker starts from the median instead
 Mode = Literal["head", "full", "retain"]
@@ -77,7 +77,7 @@ def relearn(
         mode: ``head``, ``full`` or ``retain``; the last differs from ``full`` only in the rows that the caller gives.
         every: measure after every so many steps, or after these numbers of steps; always before the first and after
             the last.
-        lr: None: 1e-2 for the head, 1e-4 for all weights.
+        lr: None: 1e-2 for the head, 3e-4 for all weights.
         until: stop at the first measurement of at least this percentage.
 
     Raises:
