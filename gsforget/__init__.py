@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "forget": "gsforget.api",
+    "audit_model": "gsforget.api",
     "export_model": "gsforget.api",
     "Settings": "gsforget.training",
     "Thresholds": "gsforget.request",

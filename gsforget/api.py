@@ -6,7 +6,7 @@ gsforget.export_model(result.folder, onnx=True)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,95 @@ def open_model_and_data(
         source = source_of_module(model, names, preprocessing or {}, architecture)
     images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
+
+
+def audit_model(
+    model: str | Path | None = None,
+    data: str | Path = "data",
+    *,
+    tier: str = "quick",
+    reference: str | Path | None = None,
+    never_seen: Sequence[str] = (),
+    original: str | Path | None = None,
+    classes: Sequence[str | int] = (),
+    class_names: Sequence[str] | None = None,
+    with_images: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    max_probe_excess: float = 0.25,
+    out: str | Path | None = None,
+    trust_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Look for what a model still knows of forgotten classes, and write the evidence.
+
+    Args:
+        model: a run folder (default: the newest under `runs/`), a model folder, or an exported `.onnx` file.
+        data: image folder as for `forget`; splits and classes that are not there are named in ``not_tested``.
+        tier: ``quick`` (no training), ``standard`` (a probe, blocks, relearning of the head) or ``full`` (relearning).
+        reference: model folder of a model trained without the classes, with the same class names.
+        never_seen: instead: class folders of the data that the model was never trained on.  They are shown to the
+            original, which no forgetting has touched, or to the audited model where the original is not at hand.
+        original: model folder from before the forgetting; default: the oldest model of the run's chain still there.
+        classes: which forgotten classes to look at (default: all so far); for a model from which nothing was forgotten by
+            gsforget, the classes that it should not know.
+        class_names: names of the data's folders in index order; default: the run's, the original's, or the model's own.
+        with_images: show test images in the report.
+        max_probe_excess: ratio; (probe - never seen) / (original - never seen) on the features.
+        out: folder, or file ending in .json; default: `audit/` of the run, nothing for a model that is no run.
+
+    Returns:
+        The document of `audit.json`: ``verdict`` ``pass``, ``fail`` or ``inconclusive``, ``checks``, ``details``,
+        ``not_tested``, ``artifacts`` (the files written), and what the README's JSON section lists.
+
+    Raises:
+        RequestError, SafetyError: see `gsforget.errors`.
+    """
+    from gsforget.audit.audit import audit
+    from gsforget.audit.case import Ask, open_case
+    from gsforget.audit.publish import places, plain, write
+
+    ask = Ask(
+        Path(model) if model is not None else None,
+        Path(data),
+        tier,
+        Path(reference) if reference else None,
+        [str(c) for c in never_seen],
+        Path(original) if original else None,
+        [str(c) for c in classes],
+        list(class_names) if class_names is not None else None,
+        device,
+        seed,
+        max_probe_excess,
+        trust_code,
+    )
+    say = progress or (lambda _text: None)
+    say("opening the models")
+    case = open_case(ask, _Devices())
+    where = places(case, Path(out) if out else None)
+    document, evidence = audit(case, say)
+    say("writing the report")
+    write(where, document, evidence, with_images)
+    return plain(document)
+
+
+class _Devices:
+    """What the room of devices lends to the audit: reading images, opening exported files."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, Callable[[Path], np.ndarray]] = {}
+
+    def loader(self, preprocessing: Mapping[str, Any]) -> Callable[[Path], np.ndarray]:
+        from gsforget.export.device.preprocess import Preprocess
+
+        prepare = Preprocess.from_dict(preprocessing)
+        return self._loads.setdefault(repr(prepare), prepare.load)
+
+    def open(self, path: Path, device: str, foreign: dict[str, Any] | None) -> tuple[Any, Any]:
+        from gsforget.export.device.runtime import open_model
+
+        predictor = open_model(path, device, foreign)
+        return predictor, predictor.info
 
 
 def export_model(run: str | Path, **options: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from gsforget import __version__
 
 # In the order of --help.  Each is a function of that name in the file of that name, which imports what is heavy
 # inside the function, so that --help stays quick.
-COMMANDS = ("demo", "forget", "export", "infer", "history", "verify", "doctor", "purge")
+COMMANDS = ("demo", "forget", "audit", "export", "infer", "history", "verify", "doctor", "purge")
 
 
 def run(args: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ Engines are refused with a sentence until their inference has been run on the ha
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from gsforget.errors import RequestError
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
+from gsforget.export.device.preprocess import Preprocess
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity: it otherwise warns about GPUs it does not find
 SUFFIXES = (".onnx", ".engine")
@@ -32,12 +34,14 @@ class Predictor(Protocol):
         ...
 
 
-def open_model(path: str | Path, device: str = "auto") -> Predictor:
+def open_model(path: str | Path, device: str = "auto", foreign: Mapping[str, Any] | None = None) -> Predictor:
     """Load an artifact for inference.
 
     Args:
         path: an exported `.onnx` file; its hash is checked where it has a sidecar.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        foreign: ``class_names`` and ``preprocess`` (fields of `Preprocess`) for a file that says nothing of itself, as
+            other exporters write them; its only input and its first output are taken.
 
     Raises RequestError for a file that is absent, unreadable, not ours or cannot run here, and SafetyError
     (kind ``hash_mismatch``) for one that its sidecar does not describe.
@@ -45,13 +49,13 @@ def open_model(path: str | Path, device: str = "auto") -> Predictor:
     path = check_artifact(path)
     if path.suffix.lower() == ".engine":
         raise _no_engines(path)
-    return OnnxPredictor(path, device)
+    return OnnxPredictor(path, device, foreign)
 
 
 class OnnxPredictor:
     """An ONNX file in ONNX Runtime."""
 
-    def __init__(self, path: Path, device: str = "auto"):
+    def __init__(self, path: Path, device: str = "auto", foreign: Mapping[str, Any] | None = None):
         sidecar = check_hash(path)
         self._session = _session(path, _providers(device))
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
@@ -60,8 +64,15 @@ class OnnxPredictor:
                 "Install the CUDA and cuDNN libraries that onnxruntime-gpu needs, or use --device cpu.",
                 "no_cuda",
             )
-        self.info = find_info(path, self._session.get_modelmeta().custom_metadata_map, sidecar)
+        try:
+            self.info = find_info(path, self._session.get_modelmeta().custom_metadata_map, sidecar)
+        except RequestError as error:
+            if error.kind != "not_ours" or foreign is None:
+                raise
+            self.info = _foreign_info(self._session, path, foreign)
         self._dtype = _input_dtype(self._session, self.info, path)
+        first = self._session.get_inputs()[0].shape[:1]
+        self._batch = first[0] if first and isinstance(first[0], int) else None  # the only size that a file takes
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """float32 images [N, C, H, W] to float32 logits [N, K].  Raises RequestError for another shape."""
@@ -86,8 +97,13 @@ class OnnxPredictor:
                 "Prepare images with the artifact's own preprocessing: predictor.info.preprocess.load(path).",
                 "bad_batch",
             )
-        feed = {self.info.input_name: np.ascontiguousarray(batch, self._dtype)}
-        return [np.asarray(output, np.float32) for output in self._session.run(names, feed)]
+        images = np.ascontiguousarray(batch, self._dtype)
+        size = self._batch or max(len(images), 1)
+        parts = [images[i : i + size] for i in range(0, len(images), size)] or [images]
+        short = size - len(parts[-1]) if self._batch else 0
+        parts[-1] = np.pad(parts[-1], ((0, short), (0, 0), (0, 0), (0, 0)))
+        runs = [self._session.run(names, {self.info.input_name: part}) for part in parts]
+        return [np.concatenate(of_one)[: len(images)].astype(np.float32) for of_one in zip(*runs, strict=True)]
 
 
 def check_artifact(path: str | Path) -> Path:
@@ -175,6 +191,25 @@ def _input_dtype(session: Any, info: ArtifactInfo, path: Path) -> type[np.floati
             "bad_metadata",
         )
     return dtypes[inputs[info.input_name]]
+
+
+def _foreign_info(session: Any, path: Path, foreign: Mapping[str, Any]) -> ArtifactInfo:
+    """What a file of another exporter is taken to be; RequestError ``foreign_shape`` where it cannot be that."""
+    names, preprocess = list(foreign["class_names"]), Preprocess.from_dict(foreign["preprocess"])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    shape = list(inputs[0].shape) if len(inputs) == 1 else []
+    wanted, given = list(preprocess.input_size), shape[1:]
+    fits = len(given) == 3 and all(not isinstance(g, int) or g == w for g, w in zip(given, wanted))
+    classes = list(outputs[0].shape)[-1] if outputs[0].shape else None
+    if not fits or (isinstance(classes, int) and classes != len(names)):
+        listed = {i.name: i.shape for i in inputs}, {o.name: o.shape for o in outputs}
+        raise RequestError(
+            f"{path} takes {listed[0]} and gives {listed[1]}, which are not images [N, {', '.join(map(str, wanted))}] and "
+            f"{len(names)} classes.",
+            "Name the model folder that it was exported from, or one with the same classes and preprocessing.",
+            "foreign_shape",
+        )
+    return ArtifactInfo(names, (), 0, preprocess, "unknown", "foreign", inputs[0].name, outputs[0].name)
 
 
 def _no_engines(path: Path) -> RequestError:

@@ -1,0 +1,180 @@
+"""Each thing that an audit judges: its figures, what it is held against, the verdict, and one sentence for people.
+
+A check without what it needs is ``inconclusive``, never passed.  Pure functions of figures; no model is run here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from gsforget.audit.probes import NO_ROOM, SMALL_EXCESS, SMALL_ROOM, excess_verdict, probe_excess
+from gsforget.metrics import Z_ONE_SIDED
+
+if TYPE_CHECKING:
+    from gsforget.audit.membership import MembershipResult
+    from gsforget.audit.relearn import Curve
+    from gsforget.gates import Gate
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an audit holds a model to; the same for every model, whatever gates its run was given."""
+
+    max_forget_acc: float = 1.0  # percent; the gate of `forget`: below what guessing among 100 classes gives
+    max_retain_drop: float = 1.0  # points per erasure since the original; the gate of `forget`
+    max_class_drop: float = 10.0  # points; the gate of `forget`: a mean hides one class that collapsed
+    max_probe_excess: float = 0.25  # a quarter of what forgetting could remove; 0 = never seen, 1 = untouched
+    min_relearn_ratio: float = 0.5  # steps next to a never-seen model; AIN (ERASURE) has 1 as ideal, below it is memory
+    recover_share: float = 0.9  # of the original's accuracy: what counts as learned again, as in relearn time (2.5)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judged figure; units are ``%``, ``points``, ``ratio``, ``steps`` or ``auc``.
+
+    Attributes:
+        value, original, reference: of the audited model, the model before forgetting, and what never saw the classes.
+        threshold: what ``value`` is held against; None where that is not known.
+        says: one plain sentence.
+    """
+
+    name: str
+    value: float | None
+    original: float | None
+    reference: float | None
+    threshold: float | None
+    verdict: Verdict
+    unit: str
+    says: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def overall(checks: Sequence[Check]) -> Verdict:
+    """``fail`` where any check failed, else ``inconclusive`` where any is, else ``pass``."""
+    verdicts = {c.verdict for c in checks}
+    return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts or not checks else "pass"
+
+
+def unknown(name: str, unit: str, why: str, threshold: float | None = None) -> Check:
+    """A check that could not be made; ``why`` completes 'Not judged: …'."""
+    return Check(name, None, None, None, threshold, "inconclusive", unit, f"Not judged: {why}.")
+
+
+def of_gate(gate: Gate, unit: str, says: str, original: float | None = None, reference: float | None = None) -> Check:
+    """A gate of `forget` as a check: breached when its one-sided 95 % bound lies beyond the threshold."""
+    verdict: Verdict = "pass" if gate.passed else "fail"
+    return Check(gate.name, gate.value, original, reference, gate.threshold, verdict, unit, says)
+
+
+def attack(
+    name: str, says: str, value: float, original: float | None, reference: float | None, counts: tuple[int, int]
+) -> Check:
+    """Percent of forgotten test images that an attack names, at most that of never-seen classes.
+
+    Args:
+        counts: test images behind ``value`` and behind ``reference``.
+    """
+    if reference is None:
+        return Check(name, value, original, None, None, "inconclusive", "%", f"{says}; nothing to compare with.")
+    beyond = rate_difference(value, reference, *counts) > 0
+    verdict: Verdict = "fail" if beyond else "pass"
+    return Check(
+        name, value, original, reference, reference, verdict, "%", f"{says}; of never-seen classes {reference:.1f} %."
+    )
+
+
+def rate_difference(first: float, second: float, first_count: int, second_count: int) -> float:
+    """Lower one-sided 95 % bound, in points, of first - second (percent of independent images).
+
+    Wald's with one success and one failure added to each rate (Agresti and Caffo, The American Statistician 54, 2000).
+    """
+    rates = [(count * p / 100 + 1) / (count + 2) for p, count in ((first, first_count), (second, second_count))]
+    variance = sum(p * (1 - p) / (count + 2) for p, count in zip(rates, (first_count, second_count)))
+    return 100 * (rates[0] - rates[1] - Z_ONE_SIDED * math.sqrt(variance))
+
+
+def probe(value: float, original: float | None, reference: float | None, limits: Limits) -> Check:
+    """The linear probe, judged by its excess over a never-seen model; value and threshold are ratios.
+
+    The raw percentages stand in the sentence, and in ``details``.
+    """
+    name, limit = "linear_probe_excess", limits.max_probe_excess
+    raw = f"a fresh linear probe on the features names {value:.1f} % of the forgotten images"
+    if reference is None or original is None:
+        lacking = "never-seen classes" if reference is None else "the original model"
+        before = None if original is None else 1.0
+        return Check(
+            name, None, before, None, limit, "inconclusive", "ratio", f"{_cap(raw)}; {lacking} to compare with: none."
+        )
+    excess = probe_excess(value, reference, original)
+    verdict: Verdict = excess_verdict(value, reference, original, limit)
+    room = original - reference
+    says = f"{_cap(raw)}, never seen {reference:.1f} %, original {original:.1f} %"
+    if room < NO_ROOM:
+        says += f"; these differ by less than {NO_ROOM:g} points, too little to judge"
+    elif room < SMALL_ROOM:
+        says += f"; with less than {SMALL_ROOM:g} points between them, at most {SMALL_EXCESS:g} above never seen are allowed"
+    return Check(name, excess, 1.0, 0.0, limit, verdict, "ratio", f"{says}.")
+
+
+def membership(value: MembershipResult, original: MembershipResult | None, reference: MembershipResult | None) -> Check:
+    """Same-class membership inference.
+
+    Passed where the 95 % interval of the AUC reaches one half, or the leak |AUC - 1/2| of a model that never trained on
+    the images: the splits of a data set may differ by themselves, and no forgetting can remove that.
+    """
+    nearest = max(value.low - 0.5, 0.5 - value.high, 0.0)
+    allowed = reference.leak if reference else 0.0
+    says = (
+        f"Training images of forgotten classes are told from new ones with AUC {value.auc:.2f} "
+        f"({value.low:.2f} to {value.high:.2f}; 0.5 is guessing), {100 * value.tpr:.0f} % of them at a false alarm rate of "
+        f"{100 * value.fpr:.0f} %."
+    )
+    return Check(
+        "mia_auc",
+        value.auc,
+        original.auc if original else None,
+        reference.auc if reference else None,
+        0.5 + allowed,
+        "pass" if nearest <= allowed else "fail",
+        "auc",
+        says,
+    )
+
+
+def relearning(subject: Curve, original: Curve | None, reference: Curve | None, known: float, limits: Limits) -> Check:
+    """Full relearning: steps until the classes are back, next to a never-seen model's.
+
+    Args:
+        known: the original's accuracy on these images, percent.  They count as back at 90 % of it, or at the best that
+            the never-seen model reaches within the steps measured, whichever is less.
+    """
+    from gsforget.audit.relearn import steps_to
+
+    name, limit = "relearn_full", limits.min_relearn_ratio
+    if reference is None:
+        steps = steps_to(subject, limits.recover_share * known)
+        took = f"{steps} steps" if steps is not None else f"more than {subject.steps[-1]} steps"
+        says = f"The classes are back after {took} of fine-tuning; nothing to compare with."
+        return Check(name, steps, None, None, None, "inconclusive", "steps", says)
+    goal = min(limits.recover_share * known, max(reference.accuracies))
+    steps, before, needed = (steps_to(c, goal) if c else None for c in (subject, original, reference))
+    assert needed is not None
+    took = f"{steps} steps" if steps is not None else f"more than {subject.steps[-1]} steps"
+    says = (
+        f"Fine-tuning brings the forgotten classes back to {goal:.0f} % after {took}, in a model that never saw them after "
+        f"{needed}."
+    )
+    verdict: Verdict = "pass" if steps is None or steps >= limit * needed else "fail"
+    return Check(name, steps, before, needed, limit * needed, verdict, "steps", says)
+
+
+def _cap(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,333 @@
+"""Standard and full tier: what fresh training finds, and what lies between the model and the original.  Needs weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gsforget.audit import checks, relearn, similarity
+from gsforget.audit.checks import Check, Limits
+from gsforget.audit.measure import subset
+from gsforget.audit.relearn import Curve
+from gsforget.data import ImageSet
+from gsforget.errors import RequestError
+from gsforget.lora.blocks import as_logits, find_feed_forward
+from gsforget.metrics import Z_ONE_SIDED, of_classes, wilson
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gsforget.audit.case import Side
+    from gsforget.audit.measure import Evidence, View
+
+# Steps of optimiser after which relearning is measured: closer where it is fast.
+STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100)
+MOST = 500  # test images of a kind that relearning, CKA and the scan look at
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A network to be relearned, where it learns from and where it is measured.
+
+    Attributes:
+        rows, retained: rows of the training images of the attacked and of the retained classes.
+        test_rows: rows of test images of the attacked classes.
+    """
+
+    module: nn.Module
+    classifier: str
+    train: ImageSet
+    test: ImageSet
+    rows: np.ndarray
+    retained: np.ndarray
+    test_rows: np.ndarray
+
+
+def head_curves(views: dict[str, View | None], seed: int) -> dict[str, Curve | None]:
+    """Relearning of the head alone on features that are known already, with equal shares of retained images."""
+    return {
+        name: None if view is None or view.head is None else _head_curve(view, seed) for name, view in views.items()
+    }
+
+
+def _head_curve(view: View, seed: int) -> Curve:
+    assert view.head is not None
+    labels = view.train.labels
+    attacked = np.flatnonzero(of_classes(labels, view.tested))
+    others = np.setdiff1d(np.arange(len(labels)), attacked)
+    rows = np.concatenate([attacked, subset(others, len(attacked), seed)])
+    weight, bias = (torch.from_numpy(part).float() for part in view.head)
+    as_tensor = torch.from_numpy
+    assert view.train.features is not None
+    assert view.test.features is not None
+    return relearn.relearn_head(
+        weight,
+        bias,
+        as_tensor(view.train.features[rows]),
+        as_tensor(labels[rows]),
+        as_tensor(view.test.features),
+        as_tensor(view.test.labels),
+        STEPS[-1],
+        STEPS,
+        seed=seed,
+    )
+
+
+def attacked(e: Evidence) -> dict[str, Attacked | None]:
+    """The networks of ``subject``, ``original`` and ``reference``; None where there are no weights or no classifier."""
+    found: dict[str, Attacked | None] = {"subject": None, "original": None, "reference": None}
+    for name, measured in (("subject", e.subject), ("original", e.original), ("reference", e.reference)):
+        if measured is not None and e.attackable:
+            found[name] = _attacked(e, measured.side, e.attackable)
+    if e.never_seen is not None:
+        found["reference"] = _attacked(e, e.base.side, np.unique(e.never_seen[1].labels).tolist())
+    return found
+
+
+def _attacked(e: Evidence, side: Side, classes: list[int]) -> Attacked | None:
+    module, classifier = side.subject.module, side.subject.classifier
+    if module is None or classifier is None:
+        return None
+    new = max(classes) + 1 - len(e.case.names)
+    if new > 0:
+        module = _with_rows(module, classifier, new)
+    seed = e.case.ask.seed
+    rows = e.sets.rows("train", classes)
+    retained = e.sets.rows("train", e.case.retained)
+    test_rows = subset(e.sets.rows("test", classes), MOST, seed)
+    train, test = (e.sets.images(split, side.load) for split in ("train", "test"))
+    return Attacked(module, classifier, train, test, rows, retained, test_rows)
+
+
+def _with_rows(module: nn.Module, classifier: str, new: int) -> nn.Module:
+    """A copy whose classifier has further rows, of zeros and the mean bias, for classes that it never had."""
+    grown = copy.deepcopy(module)
+    old = grown.get_submodule(classifier)
+    bias = old.bias is not None
+    layer = nn.Linear(old.in_features, old.out_features + new, bias, device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        layer.weight.zero_()[: old.out_features] = old.weight
+        if bias:
+            layer.bias.fill_(float(old.bias.mean()))[: old.out_features] = old.bias
+    parent, _, name = classifier.rpartition(".")
+    setattr(grown.get_submodule(parent), name, layer)
+    return grown
+
+
+def relearned(a: Attacked, mode: relearn.Mode, seed: int, until: float | None) -> Curve:
+    """The curve of one network; ``full`` sees equally many retained images, ``retain`` nothing else."""
+    rows = a.retained if mode == "retain" else np.concatenate([a.rows, subset(a.retained, len(a.rows), seed)])
+
+    def evaluate(model: nn.Module) -> float:
+        said = _said(model, a.test, a.test_rows)
+        return float(100 * (said == a.test.labels[torch.from_numpy(a.test_rows)]).float().mean())
+
+    return relearn.relearn(
+        a.module,
+        a.classifier,
+        a.train.batch,
+        torch.from_numpy(rows),
+        a.train.labels,
+        evaluate,
+        mode,
+        STEPS[-1],
+        STEPS,
+        seed=seed,
+        until=until,
+    )
+
+
+def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tuple[list[Check], dict[str, Any]]:
+    """``relearn_full`` and ``relearn_retain``, with their curves."""
+    nets, seed = attacked(e), e.case.ask.seed
+    subject = nets["subject"]
+    if subject is None:
+        why = "it needs the weights of a model that ends in a linear layer, and images of both splits"
+        return [checks.unknown(n, u, why) for n, u in (("relearn_full", "steps"), ("relearn_retain", "%"))], {}
+    known = (
+        e.original.test.correct[of_classes(e.original.test.labels, e.attackable)].mean() * 100 if e.original else 100.0
+    )
+    curves: dict[str, dict[str, Curve | None]] = {"full": {}, "retain": {}}
+    for mode in ("full", "retain"):
+        for name, net in nets.items():
+            wanted = net is not None and (
+                mode == "full" or (len(net.retained) and not (name == "reference" and e.never_seen))
+            )
+            say(f"relearning: {mode}, {name}")
+            until = limits.recover_share * float(known) if mode == "full" else None
+            curves[mode][name] = relearned(net, mode, seed, until) if wanted and net is not None else None  # type: ignore[arg-type]
+    full, retain = curves["full"], curves["retain"]
+    assert full["subject"] is not None
+    made = [checks.relearning(full["subject"], full["original"], full["reference"], float(known), limits)]
+    made.append(_recovery(retain["subject"], retain["original"], retain["reference"], len(subject.test_rows), limits))
+    return made, {mode: curves_json(found) for mode, found in curves.items()}
+
+
+def _recovery(
+    subject: Curve | None, original: Curve | None, reference: Curve | None, count: int, limits: Limits
+) -> Check:
+    name = "relearn_retain"
+    if subject is None:
+        return checks.unknown(name, "%", "there are no training images of retained classes", limits.max_forget_acc)
+    highest, before, never = (max(c.accuracies) if c else None for c in (subject, original, reference))
+    assert highest is not None
+    allowed = max(limits.max_forget_acc, never or 0.0)
+    bound = wilson(round(highest * count / 100), count, Z_ONE_SIDED)[0]
+    says = f"While training goes on with retained images alone, the forgotten classes come back to {highest:.1f} % at most."
+    return Check(name, highest, before, never, allowed, "pass" if bound <= allowed else "fail", "%", says)
+
+
+def curves_json(curves: dict[str, Curve | None]) -> dict[str, Any]:
+    """Curves on common steps; null where one was not measured (any more)."""
+    steps = sorted({s for c in curves.values() if c for s in c.steps})
+    made: dict[str, Any] = {"steps": steps}
+    for name in ("subject", "original", "reference"):
+        curve = curves.get(name)
+        known = dict(zip(curve.steps, curve.accuracies)) if curve else {}
+        made[name] = [known.get(s) for s in steps] if curve else None
+    return made
+
+
+def block_similarity(e: Evidence) -> list[dict[str, Any]]:
+    """CKA of each block's output, mean over tokens, before and after, on test images of forgotten and retained classes."""
+    assert e.original is not None
+    before, after = e.original.side.subject.module, e.subject.side.subject.module
+    assert before is not None
+    assert after is not None
+    rows = {
+        "forget": subset(e.sets.rows("test", e.case.audited), MOST, e.case.ask.seed),
+        "retain": subset(e.sets.rows("test", e.case.retained), MOST, e.case.ask.seed),
+    }
+    sides = ((before, e.original.side), (after, e.subject.side))
+    found: dict[str, dict[str, Any]] = {}
+    for kind, chosen in rows.items():
+        if len(chosen) < 4:
+            continue
+        first, second = (block_outputs(module, e.sets.images("test", side.load), chosen) for module, side in sides)
+        for name in first:
+            if name in second:
+                entry = found.setdefault(name, {"block": name, "forget": None, "retain": None})
+                entry[kind] = similarity.cka(first[name], second[name])
+    return list(found.values())
+
+
+def block_outputs(module: nn.Module, images: ImageSet, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean over tokens of what each block puts out, [N, d] by the block's name, in the order in which they run.
+
+    A block is the largest module that holds one feed-forward network and no other.
+    """
+    device = next(module.parameters()).device
+    try:
+        networks = find_feed_forward(module, images.batch(torch.from_numpy(rows[:2])).to(device))
+    except RequestError:
+        return {}
+    names = [network.name for network in networks]
+    kept: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
+                middle = tuple(range(1, tensor.dim() - 1))
+                kept.setdefault(name, []).append((tensor.mean(middle) if middle else tensor).float().cpu())
+
+        return hook
+
+    candidates = {name: _outwards(name, names) for name in names}
+    handles = [
+        module.get_submodule(c).register_forward_hook(keep(c)) for c in {c for cs in candidates.values() for c in cs}
+    ]
+    try:
+        _said(module, images, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for places in candidates.values():
+        place = next((p for p in places if sum(map(len, kept.get(p, []))) == len(rows)), None)
+        if place is not None:
+            found[place] = torch.cat(kept[place]).numpy()
+    return found
+
+
+def _outwards(name: str, others: list[str]) -> list[str]:
+    """The modules around a network that hold no other, largest first, down to the network itself."""
+    parts = name.split(".")
+    paths = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return [p for p in paths if sum(o == p or o.startswith(f"{p}.") for o in others) == 1]
+
+
+def interpolation(e: Evidence) -> list[dict[str, Any]]:
+    """Accuracy on forgotten and retained test images along the straight line from the original to the model."""
+    assert e.original is not None
+    before, after = e.original.side.subject.module, e.subject.side.subject.module
+    assert before is not None
+    assert after is not None
+    images, seed = e.sets.images("test", e.subject.side.load), e.case.ask.seed
+    rows = [subset(e.sets.rows("test", classes), MOST, seed) for classes in (e.case.audited, e.case.retained)]
+
+    def evaluate(model: nn.Module) -> list[float | None]:
+        return [
+            float(100 * (_said(model, images, r) == images.labels[torch.from_numpy(r)]).float().mean())
+            if len(r)
+            else None
+            for r in rows
+        ]
+
+    scratch = copy.deepcopy(after)
+    found = relearn.interpolation(scratch, before.state_dict(), after.state_dict(), evaluate)
+    return [{"t": t, "forget": values[0], "retain": values[1]} for t, values in found]
+
+
+def same_architecture(e: Evidence) -> bool:
+    """Whether original and model have the same tensors, so that they can be compared one by one."""
+    modules = [m.side.subject.module for m in (e.original, e.subject) if m is not None]
+    if len(modules) < 2 or any(m is None for m in modules):
+        return False
+    first, second = ({k: v.shape for k, v in m.state_dict().items()} for m in modules if m is not None)
+    return first == second
+
+
+def changed(e: Evidence) -> dict[str, Any]:
+    """Which tensors, and which feed-forward networks, differ from the original's."""
+    assert e.original is not None
+    before, after = e.original.side.subject.module, e.subject.side.subject.module
+    assert before is not None
+    assert after is not None
+    old, new = before.state_dict(), after.state_dict()
+    names = [n for n in new if not torch.equal(old[n], new[n])]
+    example = torch.zeros(1, *_shape(e))
+    try:
+        blocks = [n.name for n in find_feed_forward(after, example.to(next(after.parameters()).device))]
+    except RequestError:
+        blocks = []
+    hit = [b for b in blocks if any(n.startswith(f"{b}.") for n in names)]
+    return {
+        "tensors": names,
+        "identical": len(new) - len(names),
+        "total": len(new),
+        "blocks": hit,
+        "of_blocks": len(blocks),
+    }
+
+
+def _shape(e: Evidence) -> tuple[int, ...]:
+    for split in ("test", "train"):
+        images = e.sets.images(split, e.subject.side.load)
+        if len(images):
+            return tuple(images.batch(torch.tensor([0])).shape[1:])
+    return (3, 1, 1)
+
+
+@torch.no_grad()
+def _said(model: nn.Module, images: ImageSet, rows: np.ndarray) -> Tensor:
+    device = next(model.parameters()).device
+    parts = torch.from_numpy(np.asarray(rows, dtype=np.int64)).split(BATCH)
+    return torch.cat([as_logits(model(images.batch(part).to(device))).argmax(1).cpu() for part in parts])
