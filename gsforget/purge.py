@@ -171,7 +171,7 @@ def _list_run(made: Plan, run: Path, before: set[str], keep_weights: bool) -> No
 
 def _files(run: Path) -> Iterator[Path]:
     """Every file and link below a run folder; links are not followed.  Weights come last, sidecars after their file."""
-    found = []
+    found: list[Path] = []
     for place, folders, names in os.walk(run):
         links = [name for name in folders if Path(place, name).is_symlink()]
         found.extend(Path(place, name) for name in (*names, *links))
