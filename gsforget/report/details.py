@@ -87,9 +87,7 @@ def heat_map(history: Sequence[dict[str, Any]]) -> Html:
             return tag("td", tag("span", "–", title="unchanged"), class_="heat same")
         norm = group.get("norm")
         share = norm / largest if measured(norm) else 0.5
-        return tag(
-            "td", number(norm, digits=2) if measured(norm) else "changed", class_="heat", style=f"--v:{share:.3f}"
-        )
+        return tag("td", _norm(norm), class_="heat", style=f"--v:{share:.3f}")
 
     head = tag(
         "tr", tag("th", "Block", scope="col"), *(tag("th", f"Request {r.get('sequence')}", scope="col") for r in known)
@@ -104,6 +102,12 @@ def heat_map(history: Sequence[dict[str, Any]]) -> Html:
     )
     made = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="heatmap")
     return scroll(made, "Heat map of changes", short=len(body) <= 26)
+
+
+def _norm(norm: Any) -> str:
+    if not measured(norm):
+        return "changed"
+    return number(norm, digits=2) if abs(norm) >= 0.005 else "< 0.01"
 
 
 def feature_map(audit: dict[str, Any]) -> Html:

@@ -122,6 +122,8 @@ def provenance(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html
     data = audit.get("data") or {}
     facts = [
         ("Audited", f"{audit.get('subject') or '–'} ({audit.get('kind') or '–'})"),
+        ("Original", audit.get("original")),
+        ("Never-seen model", audit.get("reference")),
         ("Tier", audit.get("tier")),
         ("Erasures in this model", audit.get("sequence")),
         ("Device", audit.get("device")),

@@ -74,6 +74,7 @@ def number(value: Any, unit: str | None = None, digits: int | None = None) -> st
     text = f"{value:g}" if unit in ("steps", "rank") and digits is None else f"{value:.{places}f}"
     if float(text) == 0:
         text = text.lstrip("-")
+    text = text.replace("-", "−")
     return f"{text} {unit}" if unit in ("%", "points", "steps") else text
 
 

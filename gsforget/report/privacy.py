@@ -10,6 +10,7 @@ from typing import Any
 
 PROSE = ("says", "not_tested", "note", "reason", "hint", "message", "warnings")
 NAMES = ("name", "class")
+PATHS = ("subject", "original", "reference")
 # An absolute path of POSIX or Windows, not preceded by something that makes it part of a word or an address.
 ABSOLUTE = re.compile(r"(?<![\w.:/\\…])(?:/|~/|[A-Za-z]:[\\/])(?:[^\s/\\:;,'\"<>()]+[/\\])+([^\s/\\:;,'\"<>()]*)")
 
@@ -47,13 +48,14 @@ def clean(audit: dict[str, Any], history: list[dict[str, Any]]) -> tuple[dict[st
             alias = f"forgotten-{entry.get('index')}"
             erased[str(entry.get("name"))] = alias
             entry["name"] = alias
-    if audit.get("subject"):
-        audit["subject"] = shorten_path(str(audit["subject"]))
+    for key in PATHS:
+        if audit.get(key):
+            audit[key] = shorten_path(str(audit[key]))
     data = audit.get("data")
     if isinstance(data, dict) and data.get("root"):
         data["root"] = shorten_path(str(data["root"]))
     mask = _masker({name: alias for name, alias in erased.items() if name and name != alias})
-    audit = {k: v if k in ("subject", "data") else _walk(v, k, mask, erased) for k, v in audit.items()}
+    audit = {k: v if k in (*PATHS, "data") else _walk(v, k, mask, erased) for k, v in audit.items()}
     return audit, [_walk(request, "", mask, erased) for request in history]
 
 

@@ -120,6 +120,8 @@ def section(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
 def headline(audit: dict[str, Any], found: dict[str, Strand]) -> str:
     """The verdict in a few words."""
     value = audit.get("verdict")
+    if value == "pass" and found["features"].verdict != "pass":
+        return "Gone from the answers; whether it is gone from the features was not measured"
     if value == "pass":
         return f"The evidence supports forgetting: every check of the {audit.get('tier', '')} audit passed"
     if value == "fail":
@@ -174,6 +176,8 @@ def _features(strand: Strand, audit: dict[str, Any]) -> Html:
         )
     elif strand.verdict == "inconclusive":
         text = f"unknown. {strand.count('inconclusive')} of {count} could not be concluded, none failed."
+        first = next((c.get("says") for c in strand.checks if c.get("verdict") == "inconclusive" and c.get("says")), "")
+        text += f" {first}"
     else:
         text = f"not measured by the {audit.get('tier', 'chosen')} audit of this file; see “What was not tested”."
     return tag("p", tag("b", "In its features: "), text)

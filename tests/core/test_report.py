@@ -37,6 +37,8 @@ def document() -> dict:
         "tier": "full",
         "kind": "run",
         "subject": "/home/alice/secret project/runs/forget-0002",
+        "original": "/home/alice/secret project/model",
+        "reference": None,
         "sha256": {"model": "a1" * 32, "original": "b2" * 32},
         "sequence": 2,
         "data": {"root": "/home/alice/data/animals", "train_sha256": "c3" * 32, "test_sha256": "d4" * 32},
@@ -54,7 +56,7 @@ def document() -> dict:
             check("forget_acc", says=f"The model names 0 of the images of {SECRET} rightly."),
             check("prototype_attack"),
             check("linear_probe_excess", unit="ratio"),
-            check("full_relearning", unit="steps", value=40, threshold=35.0, reference=70, original=0),
+            check("relearn_full", unit="steps", value=40, threshold=35.0, reference=70, original=0),
             check("mia_auc", unit="auc", value=0.52),
             check("class_drop", unit="points"),
         ],
@@ -342,13 +344,13 @@ def test_pictures_and_tables_can_be_read_aloud(write):
         ("retain_drop", "kept"),
         ("class_drop", "kept"),
         ("prototype_attack", "features"),
-        ("five_shot_means", "features"),
+        ("five_shot", "features"),
         ("linear_probe_excess", "features"),
         ("nearest_class_mean", "features"),
         ("mia_auc", "membership"),
-        ("head_relearning", "recovery"),
-        ("full_relearning", "recovery"),
-        ("retain_relearning", "recovery"),
+        ("relearn_head", "recovery"),
+        ("relearn_full", "recovery"),
+        ("relearn_retain", "recovery"),
         ("something_new", "other"),
     ],
 )
@@ -361,7 +363,7 @@ def test_each_check_answers_one_question(name, strand):
     [
         (["forget_acc", "linear_probe_excess"], "still recognises"),
         (["linear_probe_excess"], "Gone from the answers, but not from the features"),
-        (["full_relearning"], "too easily learned again"),
+        (["relearn_full"], "too easily learned again"),
         (["mia_auc"], "trained on"),
         (["class_drop"], "lost more of the rest"),
     ],
@@ -375,6 +377,14 @@ def test_the_headline_names_the_worst(write, failed, words):
     assert words in Page(write(audit)).text
 
 
+def test_a_pass_without_features_does_not_say_more_than_was_measured(write):
+    audit = document()
+    audit["checks"] = [c for c in audit["checks"] if c["name"] == "forget_acc"]
+    text = Page(write(audit)).text
+    assert "Gone from the answers; whether it is gone from the features was not measured" in text
+    assert "supports forgetting" not in text
+
+
 def test_verdicts_are_words_and_not_colour_alone(write):
     audit = document()
     audit["checks"] = [check(v, v) for v in ("pass", "fail", "inconclusive")]
@@ -384,12 +394,14 @@ def test_verdicts_are_words_and_not_colour_alone(write):
 
 
 def test_limits_say_their_direction():
-    assert direction(check("full_relearning", unit="steps")) == "at least"
+    assert direction(check("relearn_full", unit="steps")) == "at least"
+    assert direction(check("relearn_retain")) == "at most"
     assert direction(check("prototype_attack")) == "at most"
 
 
 def test_numbers():
     assert number(12.345, "%") == "12.3 %"
+    assert number(-0.5, "points") == "−0.5 points"
     assert number(-0.01, "points") == "0.0 points"
     assert number(7.5, "steps") == "7.5 steps"
     assert number(70.0, "steps") == "70 steps"
