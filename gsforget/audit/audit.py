@@ -56,7 +56,7 @@ def audit(case: Case, say: Say = lambda _text: None) -> tuple[dict[str, Any], Ev
     if case.ask.tier != "quick":
         more, extra = _standard(e, views, limits, say)
         made, details = [*made, *more], {**details, **extra}
-    if case.ask.tier == "full":
+    if case.ask.tier == "full" and case.side.subject.module is not None:
         from gsforget.audit.deep import full_checks
 
         more, curves = full_checks(e, limits, say)

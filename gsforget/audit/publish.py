@@ -74,7 +74,7 @@ def _check(case: Case, folder: Path) -> None:
 
 
 def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -> None:
-    """Write the document, then the page beside it; each file is whole or not there.
+    """Write the page, then the document beside it; each file is whole or not there.
 
     The document's ``artifacts`` say where they are.
     """
@@ -85,9 +85,9 @@ def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -
 
     places.audit.parent.mkdir(parents=True, exist_ok=True)
     document["artifacts"] = {"audit": str(places.audit), "report": str(places.report)}
-    write_file(places.audit, json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     history = read_history(e.case.run) if e.case.run else []
     write_report(places.report, plain(document), history, examples(e) if images else None)
+    write_file(places.audit, json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def examples(e: Evidence) -> list[Any]:
