@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import gsforget
 from gsforget.api import open_model_and_data
+from gsforget.audit.probes import five_shot, linear_probe
 from gsforget.baselines.base import BaselineRequest, Result
 from gsforget.classes import resolve_classes
 from gsforget.data import ImageSet
+from gsforget.features import features_and_logits, find_classifier
 from gsforget.folder import WEIGHTS, ModelConfig, save_model, sha256, write_file
 from gsforget.lora.blocks import as_logits
 from gsforget.metrics import accuracy, h_mean, of_classes, predict
@@ -34,11 +37,7 @@ def baseline_cell(
 
     The baseline gets all training images; the test images are read before and after, and choose nothing.
     """
-    source, folder, load = open_model_and_data(model, data)
-    wanted = resolve_classes(list(classes), source.names, source.erased)
-    train, test = ImageSet(folder.train, load), ImageSet(folder.test, load)
-    for images in (train, test):
-        images.check()
+    source, wanted, train, test = opened(model, data, classes)
     said = [predict(logits_of(source.model, test))]
     request = BaselineRequest(tuple(wanted), len(source.names), tuple(source.erased), task, epochs, seed)
     result = baseline(source.model, train, torch.from_numpy(of_classes(train.labels, wanted)), request)
@@ -51,6 +50,7 @@ def baseline_cell(
         "seed": seed,
         "epochs": epochs,
         **accuracies(said, test, wanted, sorted(source.erased)),
+        **probes(source.model, train, test, wanted),
         "groups": len(result.norms),
         "groups_near_zero": sum(norm < NEAR_ZERO for norm in result.norms),
         "norms": [round(norm, 5) for norm in result.norms],
@@ -58,6 +58,27 @@ def baseline_cell(
         "last_epoch": result.history[-1] if result.history else None,
         "sha256": sha256(out / WEIGHTS),
     }
+
+
+def opened(model: Path, data: Path, classes: tuple[str, ...]) -> tuple[Source, list[int], ImageSet, ImageSet]:
+    """The model, the indices of the classes, and all training and test images as it reads them."""
+    source, folder, load = open_model_and_data(model, data)
+    sets = ImageSet(folder.train, load), ImageSet(folder.test, load)
+    for images in sets:
+        images.check()
+    return source, resolve_classes(list(classes), source.names, source.erased) if classes else [], *sets
+
+
+def probes(model: torch.nn.Module, train: ImageSet, test: ImageSet, forgotten: list[int]) -> dict:
+    """What a fresh linear probe and an attacker with five images per class find of some classes in the features, percent."""
+    classifier = find_classifier(model.eval(), train.batch(torch.arange(2)))
+
+    def features(images: ImageSet) -> np.ndarray:
+        pieces = torch.arange(len(images)).split(256)
+        return torch.cat([features_and_logits(model, classifier, images.batch(r))[0] for r in pieces]).numpy()
+
+    known = features(train), train.labels.numpy(), features(test), test.labels.numpy(), forgotten
+    return {"linear_probe": linear_probe(*known), "five_shot": five_shot(*known)}
 
 
 @torch.inference_mode()
