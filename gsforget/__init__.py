@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "forget": "gsforget.api",
+    "open_requests": "gsforget.api",
     "audit_model": "gsforget.api",
     "export_model": "gsforget.api",
     "Settings": "gsforget.training",

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from gsforget.data import ImageFolder
     from gsforget.forgetting import Outcome
-    from gsforget.request import Thresholds
+    from gsforget.request import Request, Thresholds
+    from gsforget.requests.course import Course
     from gsforget.source import Source
     from gsforget.training import Event, Settings
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 def forget(
     model: str | Path | nn.Module,
     data: str | Path,
-    classes: str | int | Sequence[str | int],
+    classes: str | int | Sequence[str | int] = (),
     *,
+    images: str | Path | None = None,
     checkpoint: str | Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
@@ -50,6 +52,8 @@ def forget(
         model: a model or run folder, a timm name, or any module that maps images [B, C, H, W] to logits [B, K].
         data: image folder with `train/<class>/*` and `test/<class>/*` (or `val`).
         classes: names, or 0-based indices; one alone may be given without a list.
+        images: instead of classes: a file that lists all training images of one or several classes, a path or SHA-256
+            per line.
         class_names: names in index order; default: the model folder's, else the sorted folders of the data.
         preprocessing: for a module: `input_size` (C, H, W), `mean`, `std`, and optionally `interpolation`, `crop_pct`,
             `crop_mode`; for timm names: overrides `img_size`, `mean`, `std`, `crop_pct`, `interpolation`.
@@ -68,8 +72,6 @@ def forget(
         RequestError, SafetyError: see `gsforget.errors`.
     """
     from gsforget import forgetting
-    from gsforget.request import DEFAULT_METHOD, Request, Thresholds
-    from gsforget.training import Settings
 
     source, folder, load = open_model_and_data(
         model,
@@ -81,7 +83,84 @@ def forget(
         architecture=architecture,
         trust_code=trust_code,
     )
-    request = Request(
+    request = _request(
+        classes,
+        images=images,
+        settings=settings,
+        thresholds=thresholds,
+        shots=shots,
+        device=device,
+        skip_corrupt=skip_corrupt,
+        method=method,
+        reference=reference,
+        never_seen=never_seen,
+    )
+    return forgetting.forget(
+        source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
+    )
+
+
+def open_requests(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    requests: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    architecture: str | None = None,
+    trust_code: bool = False,
+    runs: str | Path | None = "runs",
+    out: str | Path | None = None,
+    **options: Any,
+) -> Course:
+    """Check the requests of a file, all of them, and make them ready to be served in order: ``open_requests(…).run()``.
+
+    Args:
+        requests: YAML or JSON, one request or several; see `gsforget.requests.file`.
+        options: what entries leave open: settings, thresholds, shots, device, skip_corrupt, method, reference,
+            never_seen; these and the others as for `forget`.
+
+    Raises:
+        RequestError, SafetyError: see `gsforget.errors`; nothing has run then.
+    """
+    from gsforget.requests.course import Course
+    from gsforget.requests.file import read_requests
+
+    entries = read_requests(Path(requests))
+    source, folder, load = open_model_and_data(
+        model,
+        Path(data),
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        model_kwargs=model_kwargs,
+        class_names=list(class_names) if class_names is not None else None,
+        preprocessing=preprocessing,
+        architecture=architecture,
+        trust_code=trust_code,
+    )
+    base = _request((), **options)
+    return Course(source, folder, load, base, entries, Path(runs) if runs else None, Path(out) if out else None)
+
+
+def _request(
+    classes: str | int | Sequence[str | int],
+    *,
+    images: str | Path | None = None,
+    settings: Settings | None = None,
+    thresholds: Thresholds | None = None,
+    shots: int | None = None,
+    device: str = "auto",
+    skip_corrupt: bool = False,
+    method: str | None = None,
+    reference: str | Path | None = None,
+    never_seen: Sequence[str | int] = (),
+) -> Request:
+    from gsforget.request import DEFAULT_METHOD, Request, Thresholds
+    from gsforget.requests.images import read_image_list
+    from gsforget.training import Settings
+
+    return Request(
         [str(c) for c in ([classes] if isinstance(classes, (str, int)) else classes)],
         settings or Settings(),
         thresholds or Thresholds(),
@@ -91,9 +170,7 @@ def forget(
         method or DEFAULT_METHOD,
         Path(reference) if reference else None,
         [str(c) for c in never_seen],
-    )
-    return forgetting.forget(
-        source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
+        images=read_image_list(Path(images)) if images else None,
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gsforget.errors import RequestError
 
 
-def resolve_classes(wanted: list[str], class_names: list[str], forgotten: dict[int, str]) -> list[int]:
+def resolve_classes(wanted: list[str], class_names: list[str], forgotten: Mapping[int, str]) -> list[int]:
     """Class indices of a request, sorted, without duplicates: an exact name first, else a 0-based index.
 
     Args:
@@ -27,17 +28,23 @@ def resolve_classes(wanted: list[str], class_names: list[str], forgotten: dict[i
             f"For example: --classes {_quoted(_remaining(class_names, forgotten)[:1])}.",
             "no_class",
         )
-    chosen = sorted({_resolve(word, class_names, forgotten) for word in asked})
+    chosen = sorted({resolve_class(word, class_names, forgotten) for word in asked})
+    check_remaining(chosen, class_names, forgotten)
+    return chosen
+
+
+def check_remaining(chosen: Sequence[int], class_names: list[str], forgotten: Mapping[int, str]) -> None:
+    """Refuse to forget all classes that remain: RequestError ``all_classes``; arguments as for `resolve_classes`."""
     if len(chosen) >= len(class_names) - len(forgotten):
         raise RequestError(
             f"The request names all {len(chosen)} remaining classes; nothing would be retained.",
             "Keep at least one class, or delete the model instead.",
             "all_classes",
         )
-    return chosen
 
 
-def _resolve(word: str, class_names: list[str], forgotten: dict[int, str]) -> int:
+def resolve_class(word: str, class_names: list[str], forgotten: Mapping[int, str]) -> int:
+    """Index of one class by its exact name, else by a 0-based index; raises as `resolve_classes` does."""
     old = {name: index for index, name in forgotten.items()} | {f"forgotten-{index}": index for index in forgotten}
     if word in class_names:
         index = class_names.index(word)
@@ -56,7 +63,7 @@ def _resolve(word: str, class_names: list[str], forgotten: dict[int, str]) -> in
     return index
 
 
-def _unknown(word: str, class_names: list[str], forgotten: dict[int, str]) -> RequestError:
+def _unknown(word: str, class_names: list[str], forgotten: Mapping[int, str]) -> RequestError:
     remaining = _remaining(class_names, forgotten)
     lowered = {name.lower(): name for name in reversed(remaining)}
     near = [lowered[n] for n in difflib.get_close_matches(word.lower(), list(lowered), n=3, cutoff=0.5)]
@@ -71,7 +78,7 @@ def _unknown(word: str, class_names: list[str], forgotten: dict[int, str]) -> Re
     return RequestError(f"The model has no class {word!r}.", hint, "unknown_class")
 
 
-def _remaining(class_names: list[str], forgotten: dict[int, str]) -> list[str]:
+def _remaining(class_names: list[str], forgotten: Mapping[int, str]) -> list[str]:
     return [name for i, name in enumerate(class_names) if i not in forgotten]
 
 

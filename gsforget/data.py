@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,16 @@ class ImageFolder:
     train: Split
     test: Split
     test_name: str
+
+    @cached_property
+    def train_sha256(self) -> list[str]:
+        """SHA-256 of each training image, read once."""
+        return content_sha256(self.train.paths)
+
+    @cached_property
+    def test_sha256(self) -> list[str]:
+        """SHA-256 of each test image, read once."""
+        return content_sha256(self.test.paths)
 
 
 def scan(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget import control, ledger, records
-from gsforget.classes import resolve_classes
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
 from gsforget.gates import evaluate_gates
@@ -19,6 +18,7 @@ from gsforget.metrics import check_plausible, confusion_matrix, of_classes, pred
 from gsforget.predict import pick_device
 from gsforget.records import Evidence
 from gsforget.request import Request, check_request
+from gsforget.requests.target import Target, resolve_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,12 +82,12 @@ def forget(
         check_writable(runs.absolute())
     if source.folder:
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
-    wanted = resolve_classes(request.classes, source.names, source.erased)
+    target = resolve_target(request, source.names, source.erased, data)
     required = {name: p.requires_grad for name, p in source.model.named_parameters()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # torch's own encoder layer would pass over the hooks of LoRA
-        session = _Session(source, data, request, load, wanted)
+        session = _Session(source, data, request, load, target)
         report({"stage": "before"})
         session.measure_before()
         trained = session.train(report)
@@ -105,10 +105,11 @@ def forget(
 class _Session:
     """One erasure on its way from images to evidence."""
 
-    def __init__(self, source: Source, data: ImageFolder, request: Request, load: Callable, wanted: list[int]):
+    def __init__(self, source: Source, data: ImageFolder, request: Request, load: Callable, target: Target):
         import torch
 
-        self.source, self.data, self.request, self.wanted = source, data, request, wanted
+        self.source, self.data, self.request, self.target = source, data, request, target
+        self.wanted = wanted = target.classes
         self.device = pick_device(request.device)
         self.erased = sorted(source.erased)
         self.retained = [i for i in range(len(source.names)) if i not in wanted and i not in source.erased]
@@ -126,7 +127,7 @@ class _Session:
 
     def _read_images(self, load: Callable) -> tuple[ImageSet, ImageSet]:
         from gsforget.coverage import check_counts, check_identical, count_warnings
-        from gsforget.data import ImageSet, content_sha256, few_shot, manifest_sha256
+        from gsforget.data import ImageSet, few_shot, manifest_sha256
 
         request, names = self.request, self.source.names
         sides = self.wanted, self.retained, names
@@ -140,10 +141,12 @@ class _Session:
         images = ImageSet(split, load, request.skip_corrupt)
         images.check()
         check_counts(images.labels.numpy(), *sides)
-        self.warnings = count_warnings(images.labels.numpy(), *sides)
+        self.warnings = self.target.notes + count_warnings(images.labels.numpy(), *sides)
         self.manifests = {}
-        for name, part in (("train", self.data.train), ("test", self.data.test)):
-            hashes = content_sha256(part.paths)
+        for name, part, hashes in (
+            ("train", self.data.train, self.data.train_sha256),
+            ("test", self.data.test, self.data.test_sha256),
+        ):
             self.warnings += check_identical(part, hashes, *sides, name)
             self.manifests[name] = manifest_sha256(part, hashes)
         return test, images
@@ -182,7 +185,9 @@ class _Session:
         )
         forget = torch.from_numpy(of_classes(self.images.labels, self.wanted))
         self.bound = default_bound(count) if settings.bnd is None else settings.bnd
-        task = Classification(count, tuple(self.wanted), tuple(self.erased), self.bound)
+        task = Classification(
+            count, tuple(self.wanted), tuple(self.erased), self.bound, self.request.method, self.base_sha256
+        )
         loop = Loop(self.model, task, self.images, train, val, forget, settings, report)
         try:
             return loop.run()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gsforget.errors import RequestError
 
 if TYPE_CHECKING:
+    from gsforget.requests.images import ImageList
     from gsforget.training import Settings
 
 METHODS = ("gs-lora", "gs-lora++")
@@ -41,6 +42,7 @@ class Request:
         method: one of `METHODS`.
         reference: model folder of a model trained without the classes, to measure the features against.
         never_seen: names or indices of classes in the data that the model was never trained on.
+        images: instead of `classes`: a list of images that holds all training images of one or several classes.
         origin: id, date, requester and basis of a request file's entry; kept in request.json and nowhere else.
     """
 
@@ -54,6 +56,7 @@ class Request:
     reference: Path | None = None
     never_seen: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
+    images: ImageList | None = None
 
 
 def check_request(request: Request) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from gsforget.cli.options import (
 from gsforget.cli.output import emit_json, next_command, say, table
 from gsforget.request import DEFAULT_METHOD
 
+if TYPE_CHECKING:
+    from gsforget.requests.course import Course
+
 Opt = typer.Option
 
 
@@ -28,6 +31,16 @@ def forget(
     data: Annotated[Path, Opt(help="Image folder: train/<class>/* and test/<class>/* (or val).")],
     classes: Annotated[str, Opt(help="Classes to forget: names or 0-based indices, comma-separated.")] = "",
     classes_file: Annotated[Path | None, Opt(help="File with one class to forget per line.")] = None,
+    request: Annotated[
+        Path | None,
+        Opt(
+            help="YAML or JSON: one request, or several in order. Of several, --json prints one document with "
+            "requests (a list of the documents of those that ran) and verdict."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, Opt(help="List of all training images of the classes to forget: a path or SHA-256 per line.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, Opt(help="Weights for a timm name: safetensors or a torch file of tensors.")
     ] = None,
@@ -65,6 +78,7 @@ def forget(
 ) -> None:
     """Make a trained model forget classes, keep the rest, and publish the merged model with its evidence."""
     from gsforget.api import forget as run
+    from gsforget.api import open_requests
     from gsforget.classes import read_names
     from gsforget.cli.progress import ForgetProgress
     from gsforget.errors import RequestError
@@ -75,42 +89,68 @@ def forget(
         raise RequestError(f"There is no task {task!r}.", "Type --task classify.", "unknown_task")
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
-    settings = Settings(
-        rank, lr, batch_size, epochs, prox, target_groups, bnd, seed, max_forget_acc, max_retain_drop / 2
-    )
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "model_kwargs": parse_kwargs(model_kwargs),
+        "class_names": read_names(class_names) if class_names else None,
+        "preprocessing": {
+            "img_size": img_size,
+            "mean": parse_floats(mean),
+            "std": parse_floats(std, "--std"),
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+        },
+        "settings": Settings(
+            rank, lr, batch_size, epochs, prox, target_groups, bnd, seed, max_forget_acc, max_retain_drop / 2
+        ),
+        "thresholds": Thresholds(max_forget_acc, max_retain_drop, max_class_drop, max_probe_excess),
+        "shots": shots,
+        "device": device.value,
+        "skip_corrupt": skip_corrupt,
+        "method": method,
+        "reference": reference,
+        "never_seen": parse_list(never_seen, "--never-seen"),
+        "trust_code": trust_code,
+        "out": out,
+    }
+    if request is not None:
+        if wanted or images:
+            raise RequestError(
+                f"--request {request} names what to forget; {'--images' if images else '--classes'} does not apply.",
+                "Leave out one of them.",
+                "two_targets",
+            )
+        serve(open_requests(model, data, request, **options), json)
+        return
     with ForgetProgress() as progress:
-        outcome = run(
-            model,
-            data,
-            wanted,
-            checkpoint=checkpoint,
-            model_kwargs=parse_kwargs(model_kwargs),
-            class_names=read_names(class_names) if class_names else None,
-            preprocessing={
-                "img_size": img_size,
-                "mean": parse_floats(mean),
-                "std": parse_floats(std, "--std"),
-                "crop_pct": crop_pct,
-                "interpolation": interpolation,
-            },
-            settings=settings,
-            thresholds=Thresholds(max_forget_acc, max_retain_drop, max_class_drop, max_probe_excess),
-            shots=shots,
-            device=device.value,
-            skip_corrupt=skip_corrupt,
-            method=method,
-            reference=reference,
-            never_seen=parse_list(never_seen, "--never-seen"),
-            trust_code=trust_code,
-            out=out,
-            progress=progress,
-        )
+        outcome = run(model, data, wanted, images=images, progress=progress, **options)
     show(outcome)
     if json:
         emit_json(outcome.document)
     if not outcome.passed:
         raise typer.Exit(3)
     next_command(f"gsforget export {shlex.quote(str(outcome.folder))} --onnx")
+
+
+def serve(course: Course, json: bool) -> None:
+    """Serve the requests of a file in order, showing each; a failed gate ends it with exit status 3."""
+    from gsforget.cli.progress import ForgetProgress
+
+    several = len(course.entries) > 1
+    for entry in course.pending():
+        if several:
+            say(f"Serving {entry.label} of {len(course.entries)}: {', '.join(entry.classes) or 'a list of images'}")
+        with ForgetProgress() as progress:
+            outcome = course.serve(progress)
+        show(outcome)
+    if several:
+        for line in course.report():
+            say(line)
+    if json:
+        emit_json(course.document)
+    if not course.passed:
+        raise typer.Exit(3)
+    next_command(f"gsforget export {shlex.quote(str(course.outcomes[-1].folder))} --onnx")
 
 
 def show(outcome: Any) -> None:

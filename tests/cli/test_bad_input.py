@@ -103,6 +103,102 @@ def empty_classes_file(o, world, cwd):
     o["classes_file"] = "empty.txt"
 
 
+# ---- request files and lists of images
+
+
+def request_file(o, cwd, text, name="r.yaml"):
+    (cwd / name).write_text(text)
+    o["request"] = name
+    o.pop("classes", None)
+
+
+def refused_entry(name, kind, text, named, hint=""):
+    @case(kind, named, hint)
+    def spoil(o, world, cwd):
+        request_file(o, cwd, text)
+
+    CASES[-1] = pytest.param(*CASES[-1].values, id=f"request_{name}")
+
+
+for name, kind, text, named, hint in (
+    ("unknown_key", "bad_request_file", "[{classes: bee}, {clases: cat}]", "entry 2: there is no field 'clases'", "classes"),
+    ("unknown_class", "unknown_class", "[{id: a, classes: [bee]}, {id: b, classes: [beee]}]", "entry 2 (b)", "'bee'"),
+    ("twice", "duplicate_request", "[{classes: [bee]}, {classes: [1]}]", "entry 2: class 'bee' is already", "Remove"),
+    ("retained", "contradiction", "[{classes: [bee], retain: [cat]}, {classes: [cat]}]", "'cat'", "retain"),
+    ("retained_at_once", "contradiction", "{classes: [bee], retain: [ant, 1]}", "'bee'", "retain"),
+    ("forgotten_before", "contradiction", "[{classes: [bee]}, {classes: [cat], retain: [bee]}]", "'bee'", "retain"),
+    ("all_by_and_by", "all_classes", "[{classes: [ant, bee]}, {classes: [cat, dog]}]", "entry 2", "Keep at least one"),
+    ("bad_number", "bad_number", "[{classes: [bee]}, {classes: [cat], shots: 0}]", "entry 2: --shots is 0", "--shots"),
+    ("bad_method", "unknown_method", "{classes: [bee], method: gs-lorra}", "gs-lorra", "gs-lora"),
+    ("wrong_type", "bad_request_file", "{classes: [bee], shots: many}", "shots", "shots: 1"),
+    ("a_yes", "bad_request_file", "{classes: [yes]}", "true", "quotes"),
+    ("empty", "bad_request_file", "", "no request", "classes"),
+    ("no_yaml", "bad_request_file", "classes: [bee", "line 1", "quotes"),
+):  # fmt: skip
+    refused_entry(name, kind, text, named, hint)
+
+
+@case("bad_request_file", "absent.yaml", "--request")
+def absent_request_file(o, world, cwd):
+    del o["classes"]
+    o["request"] = "absent.yaml"
+
+
+@case("two_targets", "--classes", "one of them")
+def request_file_and_classes(o, world, cwd):
+    request_file(o, cwd, "{classes: [cat]}")
+    o["classes"] = "bee"
+
+
+@case("out_of_several", "--out", "--out")
+def one_folder_for_two_requests(o, world, cwd):
+    request_file(o, cwd, "[{classes: [bee]}, {classes: [cat]}]")
+    o["out"] = "here"
+
+
+def image_list(o, cwd, *lines):
+    (cwd / "list.txt").write_text("\n".join(map(str, lines)))
+    o["images"] = "list.txt"
+    o.pop("classes", None)
+
+
+@case("part_of_a_class", "2 of 24 of 'bee', 1 of 24 of 'cat'", "--classes bee,cat")
+def images_that_cover_classes_in_part(o, world, cwd):
+    image_list(o, cwd, "train/bee/000.png", world.data / "train/bee/001.png", "train/cat/003.png")
+
+
+@case("unknown_image", "train/bee/900.png", "one image path")
+def image_that_does_not_exist(o, world, cwd):
+    image_list(o, cwd, "train/bee/900.png")
+
+
+@case("unknown_image", "test/bee/000.png", "test image")
+def image_of_the_test_folder(o, world, cwd):
+    image_list(o, cwd, "test/bee/000.png")
+
+
+@case("unknown_image", "0" * 64, "train folder")
+def hash_of_no_image(o, world, cwd):
+    image_list(o, cwd, "0" * 64)
+
+
+@case("bad_image_list", "list.txt is empty", "per line")
+def empty_image_list(o, world, cwd):
+    image_list(o, cwd)
+
+
+@case("bad_image_list", "absent.txt", "per line")
+def absent_image_list(o, world, cwd):
+    del o["classes"]
+    o["images"] = "absent.txt"
+
+
+@case("two_targets", "classes and a list", "second request")
+def images_and_classes(o, world, cwd):
+    image_list(o, cwd, "train/bee/000.png")
+    o["classes"] = "cat"
+
+
 # ---- the data
 
 
@@ -453,6 +549,11 @@ def unknown_method(o, world, cwd):
     o["method"] = "gs-lorra"
 
 
+@case("no_reference", "--max-probe-excess", "--reference")
+def probe_gate_without_a_reference(o, world, cwd):
+    o["max_probe_excess"] = "0.25"
+
+
 @case("unknown_task", "faces", "classify")
 def unknown_task(o, world, cwd):
     o["task"] = "faces"
@@ -470,7 +571,7 @@ for option, value in (
     ("--shots", "0"), ("--rank", "0"), ("--batch-size", "0"), ("--target-groups", "0"), ("--epochs", "-1"),
     ("--epochs", "nan"), ("--epochs", "inf"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-0.1"), ("--prox", "-1"),
     ("--prox", "nan"), ("--bnd", "nan"), ("--bnd", "-1"), ("--seed", "-1"), ("--seed", str(2**70)), ("--max-forget-acc", "nan"),
-    ("--max-retain-drop", "nan"), ("--max-class-drop", "nan"), ("--rank", "two"),
+    ("--max-retain-drop", "nan"), ("--max-class-drop", "nan"), ("--rank", "two"), ("--max-probe-excess", "nan"),
 ):  # fmt: skip
     number(option, value)
 

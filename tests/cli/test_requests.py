@@ -1,0 +1,115 @@
+"""Requests in other shapes as a person types them: files with several requests, and lists of images."""
+
+import hashlib
+import json
+
+import pytest
+
+GATES = tuple(f"--max-{gate}=100" for gate in ("forget-acc", "retain-drop", "class-drop"))
+QUICK = ("--epochs", "1", "--lr", "0.01", "--rank", "2", "--prox", "0.001", "--target-groups", "1")
+
+
+def weights(run):
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def served(world, cli, tmp_path_factory):
+    """Two requests of one file, by name and by index."""
+    cwd = tmp_path_factory.mktemp("served")
+    (cwd / "r.yaml").write_text(
+        "requests:\n"
+        "  - {id: 2026-11-001, date: 2026-11-24, requester: pseudonym-17, basis: GDPR Art. 17, classes: [bee]}\n"
+        "  - {classes: [2], seed: 3, retain: [ant]}\n"
+    )
+    return cwd, cli(cwd, "forget", "--model", world.model, "--data", world.data, "--request", "r.yaml", *QUICK, *GATES)
+
+
+def test_several_requests_give_one_document(served):
+    _, result = served
+    assert result.status == 0, result.err
+    assert set(result.document) == {"requests", "verdict"}
+    assert result.document["verdict"] == "pass"
+    first, second = result.document["requests"]
+    assert (first["sequence"], first["classes"], first["seed"]) == (1, ["bee"], 0)
+    assert (second["sequence"], second["classes"], second["seed"]) == (2, ["cat"], 3)
+    assert second["metrics"]["old_acc_after"] is not None
+    assert "entry 2: done (runs/forget-0002)" in result.err
+    assert "gsforget export runs/forget-0002" in result.err
+
+
+def test_who_asked_is_in_request_json_and_nowhere_else(served):
+    cwd, result = served
+    record = json.loads((cwd / "runs/forget-0001/request.json").read_text())
+    assert record["request"] == {
+        "id": "2026-11-001",
+        "date": "2026-11-24",
+        "requester": "pseudonym-17",
+        "basis": "GDPR Art. 17",
+    }
+    assert "request" not in json.loads((cwd / "runs/forget-0002/request.json").read_text())
+    holders = [p for p in (cwd / "runs").rglob("*") if p.is_file() and b"pseudonym-17" in p.read_bytes()]
+    assert holders == [cwd / "runs/forget-0001/request.json"]
+    assert "pseudonym-17" not in result.err + json.dumps(result.document)
+
+
+def test_a_file_gives_what_two_commands_give(world, served, cli, tmp_path):
+    options = ("--data", world.data, *QUICK, *GATES)
+    assert cli(tmp_path, "forget", "--model", world.model, "--classes", "bee", *options).status == 0
+    assert (
+        cli(tmp_path, "forget", "--model", "runs/forget-0001", "--classes", "cat", "--seed", "3", *options).status == 0
+    )
+    for run in ("runs/forget-0001", "runs/forget-0002"):
+        assert weights(tmp_path / run) == weights(served[0] / run)
+    assert cli(served[0], "verify", "runs/forget-0002").status == 0
+
+
+def test_a_failed_gate_ends_the_course(world, cli, tmp_path):
+    entries = [{"id": "a", "classes": ["bee"]}, {"id": "b", "classes": ["cat"], "max_forget_acc": -1}, {"classes": [0]}]
+    (tmp_path / "r.json").write_text(json.dumps(entries))
+    result = cli(
+        tmp_path, "forget", "--model", world.model, "--data", world.data, "--request", "r.json", *QUICK, *GATES
+    )
+    assert result.status == 3
+    assert result.document["verdict"] == "fail"
+    assert [d["verdict"] for d in result.document["requests"]] == ["pass", "fail"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["failed-0001", "forget-0001"]
+    for line in ("entry 1 (a): done (runs/forget-0001)", "entry 2 (b): failed", "entry 3: not started"):
+        assert line in result.err
+    assert "Next:" not in result.err
+
+
+def test_one_request_gives_its_own_document_and_a_list_of_all_images_is_a_class(world, cli, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(f"train/bee/{i:03d}.png" for i in range(24)))
+    (tmp_path / "r.yaml").write_text("images: list.txt")
+    result = cli(
+        tmp_path, "forget", "--model", world.model, "--data", world.data, "--request", "r.yaml",
+        "--out", "here", *QUICK, *GATES,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.document["classes"] == ["bee"]
+    assert "list.txt lists all training images of 'bee'" in result.document["warnings"][0]
+    assert json.loads((tmp_path / "here/config.json").read_text())["forgotten"] == [1]
+
+
+def test_an_error_on_the_way_says_what_is_done(world, cli, tmp_path, monkeypatch):
+    """The disk fills up after the first request."""
+    from gsforget import forgetting
+    from gsforget.errors import GsforgetError
+
+    whole, calls = forgetting.forget, []
+
+    def once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise GsforgetError("The disk is full.", "Free some space.", "disk_full")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(forgetting, "forget", once)
+    (tmp_path / "r.yaml").write_text("[{classes: [bee]}, {id: x, classes: [cat]}]")
+    result = cli(
+        tmp_path, "forget", "--model", world.model, "--data", world.data, "--request", "r.yaml", *QUICK, *GATES
+    )
+    assert (result.status, result.document["error"]["kind"]) == (1, "disk_full")
+    assert "entry 2 (x): The disk is full." in result.document["error"]["message"]
+    assert "entry 1: done (runs/forget-0001)" in result.document["error"]["message"]
