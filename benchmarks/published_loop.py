@@ -70,15 +70,8 @@ def report(store: Store) -> None:
         parts = key.split("/")
         label = f"{parts[0]}, {parts[1]} epochs, request {int(parts[3]) + 1}" if len(parts) == 4 else parts[0]
         groups.setdefault(label, []).append(row)
-    keys = (
-        "forget_acc_after",
-        "old_acc_after",
-        "retain_drop",
-        "h_mean",
-        "h_ideal",
-        "groups_near_zero",
-        "train_seconds",
-    )
+    keys = ("forget_acc_after", "old_acc_after", "retain_drop", "h_mean", "h_ideal", "linear_probe", "five_shot")
+    keys += ("groups_near_zero", "train_seconds")
     for label, rows in sorted(groups.items()):
         figures = {k: [r[k] for r in rows if r[k] is not None] for k in keys}
         print(f"{label} (n={len(rows)}):", {k: spread(v) for k, v in figures.items() if v})
