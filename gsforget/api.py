@@ -261,7 +261,7 @@ def audit_model(
         Path(data),
         tier,
         Path(reference) if reference else None,
-        [str(c) for c in never_seen],
+        list(dict.fromkeys(str(c) for c in never_seen)),
         Path(original) if original else None,
         [str(c) for c in classes],
         list(class_names) if class_names is not None else None,

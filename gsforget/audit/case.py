@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,12 @@ def open_case(ask: Ask, devices: Devices) -> Case:
     if ask.tier not in TIERS:
         raise RequestError(
             f"There is no tier {ask.tier!r}.", "Type --tier quick, --tier standard or --tier full.", "unknown_tier"
+        )
+    if not math.isfinite(ask.max_probe_excess):
+        raise RequestError(
+            f"--max-probe-excess is {ask.max_probe_excess}; it must be a finite number.",
+            "Leave it out, or give a number such as 0.25.",
+            "bad_number",
         )
     if ask.reference and ask.never_seen:
         raise RequestError(

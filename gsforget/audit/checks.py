@@ -85,9 +85,9 @@ def attack(
         return Check(name, value, original, None, None, "inconclusive", "%", f"{says}; nothing to compare with.")
     beyond = rate_difference(value, reference, *counts) > 0
     verdict: Verdict = "fail" if beyond else "pass"
-    return Check(
-        name, value, original, reference, reference, verdict, "%", f"{says}; of never-seen classes {reference:.1f} %."
-    )
+    excused = ", no more than chance would explain" if value > reference and not beyond else ""
+    says = f"{says}; of never-seen classes {reference:.1f} %{excused}."
+    return Check(name, value, original, reference, reference, verdict, "%", says)
 
 
 def rate_difference(first: float, second: float, first_count: int, second_count: int) -> float:
@@ -132,10 +132,17 @@ def membership(value: MembershipResult, original: MembershipResult | None, refer
     """
     nearest = max(value.low - 0.5, 0.5 - value.high, 0.0)
     allowed = reference.leak if reference else 0.0
+    judged = (
+        "guessing lies within that range"
+        if nearest == 0
+        else "a model that never trained on them shows as much"
+        if nearest <= allowed
+        else "more than chance would explain"
+    )
     says = (
         f"Training images of forgotten classes are told from new ones with AUC {value.auc:.2f} "
-        f"({value.low:.2f} to {value.high:.2f}; 0.5 is guessing), {100 * value.tpr:.0f} % of them at a false alarm rate of "
-        f"{100 * value.fpr:.0f} %."
+        f"({value.low:.2f} to {value.high:.2f}; 0.5 is guessing): {judged}; {100 * value.tpr:.0f} % of them at a false alarm "
+        f"rate of {100 * value.fpr:.0f} %."
     )
     return Check(
         "mia_auc",
