@@ -160,7 +160,8 @@ def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tupl
             wanted = net is not None and (
                 mode == "full" or (len(net.retained) and not (name == "reference" and e.never_seen))
             )
-            say(f"relearning: {mode}, {name}")
+            if wanted:
+                say(f"relearning: {mode}, {name}")
             until = limits.recover_share * float(known) if mode == "full" else None
             curves[mode][name] = relearned(net, mode, seed, until) if wanted and net is not None else None  # type: ignore[arg-type]
     full, retain = curves["full"], curves["retain"]
