@@ -40,7 +40,7 @@ def find_classifier(model: nn.Module, example: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    found = [n for n, out in outputs.items() if out.shape == logits.shape and torch.equal(out, logits)]
+    found = [n for n, out in outputs.items() if out.shape == logits.shape and _same(out, logits)]
     if not found:
         raise RequestError(
             "The model's logits are not the output of a linear layer, so it has no penultimate features to look at.",
@@ -80,3 +80,7 @@ def features_and_logits(model: nn.Module, classifier: str, images: Tensor) -> tu
     with FeatureTap(model, classifier) as tap:
         logits = as_logits(model(images)).float()
     return tap.features.float(), logits
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -13,18 +13,21 @@ import numpy as np
 from gsforget import control, ledger, records
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
-from gsforget.gates import evaluate_gates
+from gsforget.gates import Gate, evaluate_gates, retention_gates
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
 from gsforget.predict import pick_device
 from gsforget.records import Evidence
 from gsforget.request import Request, check_request
 from gsforget.requests.target import Target, resolve_target
+from gsforget.samples import Answers, SampleResult, copies_in_test, judge, set_aside
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from gsforget.data import ImageFolder, ImageSet
     from gsforget.source import Source
+    from gsforget.tasks.base import Task
     from gsforget.training import Event, Trained
 
 EVAL_BATCH = 256
@@ -82,7 +85,7 @@ def forget(
         check_writable(runs.absolute())
     if source.folder:
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
-    target = resolve_target(request, source.names, source.erased, data)
+    target = resolve_target(request, source.names, source.erased, data, source.erased_images)
     required = {name: p.requires_grad for name, p in source.model.named_parameters()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -124,24 +127,33 @@ class _Session:
             )
         self.model = source.model.to(self.device).eval()
         self.original = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+        self.base_sha256 = records.weights_sha256(source, self.original)
 
     def _read_images(self, load: Callable) -> tuple[ImageSet, ImageSet]:
         from gsforget.coverage import check_counts, check_identical, count_warnings
         from gsforget.data import ImageSet, few_shot, manifest_sha256
 
-        request, names = self.request, self.source.names
+        request, names, split = self.request, self.source.names, self.data.train
         sides = self.wanted, self.retained, names
-        check_counts(self.data.train.labels, *sides)
-        test = ImageSet(self.data.test, load, request.skip_corrupt)
+        check_counts(split.labels, *sides)
+        aside, measured = self._split_test()
+        test, self.aside = (
+            ImageSet(self.data.test.select(rows), load, request.skip_corrupt) for rows in (measured, aside)
+        )
         test.check()
-        split = self.data.train.select(np.flatnonzero(~of_classes(self.data.train.labels, self.erased)))
+        self.aside.check()
         enough = max(1, control.STEPS_OF_IMAGES * request.settings.batch_size // len(self.wanted + self.retained))
         shots = enough if request.shots is None else min(request.shots, enough)
-        split = split.select(few_shot(split.labels, shots, request.settings.seed))
-        images = ImageSet(split, load, request.skip_corrupt)
+        listed = np.zeros(0, np.int64) if self.target.rows is None else self.target.rows
+        others = np.setdiff1d(self._usable(), listed)
+        drawn = others[few_shot(split.labels[others], shots, request.settings.seed)]
+        images = ImageSet(split.select(np.union1d(drawn, listed)), load, request.skip_corrupt)
         images.check()
-        check_counts(images.labels.numpy(), *sides)
-        self.warnings = self.target.notes + count_warnings(images.labels.numpy(), *sides)
+        paths = {split.paths[i] for i in listed}
+        self.single = np.array([path in paths for path in images.paths], dtype=bool)
+        labels = images.labels.numpy()[~self.single]
+        check_counts(labels, *sides)
+        self.warnings = self.target.notes + count_warnings(labels, *sides)
         self.manifests = {}
         for name, part, hashes in (
             ("train", self.data.train, self.data.train_sha256),
@@ -149,7 +161,23 @@ class _Session:
         ):
             self.warnings += check_identical(part, hashes, *sides, name)
             self.manifests[name] = manifest_sha256(part, hashes)
+        self.warnings += copies_in_test(self.data.test.paths, self.data.test_sha256, self.target.sha256(self.data))
         return test, images
+
+    def _split_test(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Test images that show what never-seen ones look like, for single images alone, and those that are measured."""
+        labels = self.data.test.labels
+        classes = [] if self.target.rows is None else self.data.train.labels[self.target.rows].tolist()
+        return set_aside(labels, sorted(set(classes)), self.source.names, self.request.settings.seed)
+
+    def _usable(self) -> NDArray[np.int64]:
+        """Training images to learn from: none of erased classes, and of images forgotten singly only their class's end."""
+        labels, gone = self.data.train.labels, self.source.erased_images
+        keep = ~of_classes(labels, self.erased)
+        if gone:
+            again = np.fromiter((digest in gone for digest in self.data.train_sha256), bool, len(labels))
+            keep &= ~again | of_classes(labels, self.wanted)
+        return np.flatnonzero(keep)
 
     def measure_before(self) -> None:
         import torch
@@ -168,6 +196,7 @@ class _Session:
                 "class_count",
             )
         self.said_before = predict(logits)
+        self.answers_before = self._answers(logits)
         active = sorted(self.wanted + self.retained)
         confusion = confusion_matrix(self.labels, self.said_before, len(self.source.names))
         check_plausible(confusion, active, self.source.names)
@@ -177,17 +206,21 @@ class _Session:
 
         from gsforget.data import split_validation
         from gsforget.tasks.classify import Classification, default_bound
+        from gsforget.tasks.samples import SingleImages
         from gsforget.training import Loop
 
         settings, count = self.request.settings, len(self.source.names)
-        train, val = (
-            torch.from_numpy(rows) for rows in split_validation(self.images.labels.numpy(), seed=settings.seed)
-        )
-        forget = torch.from_numpy(of_classes(self.images.labels, self.wanted))
+        single, several = np.flatnonzero(self.single), np.flatnonzero(~self.single)
+        parts = split_validation(self.images.labels.numpy()[several], seed=settings.seed)
+        train, val = (torch.from_numpy(rows) for rows in (np.union1d(several[parts[0]], single), several[parts[1]]))
+        forget = torch.from_numpy(of_classes(self.images.labels, self.wanted) | self.single)
         self.bound = default_bound(count) if settings.bnd is None else settings.bnd
-        task = Classification(
+        task: Task = Classification(
             count, tuple(self.wanted), tuple(self.erased), self.bound, self.request.method, self.base_sha256
         )
+        if len(single):
+            shown = self._logits_of(self.aside, np.arange(len(self.aside)))
+            task = SingleImages(shown, self.aside.labels, tuple(self.erased))
         loop = Loop(self.model, task, self.images, train, val, forget, settings, report)
         try:
             return loop.run()
@@ -214,7 +247,7 @@ class _Session:
         self.model.load_state_dict(state)
         merged = self._test_logits()
         said_after = predict(merged)
-        t = self.request.thresholds
+        sample = self._sample_result(merged)
         evidence = Evidence(
             source=self.source,
             request=self.request,
@@ -225,17 +258,8 @@ class _Session:
             labels=self.labels,
             said_before=self.said_before,
             said_after=said_after,
-            gates=evaluate_gates(
-                self.said_before == self.labels,
-                said_after == self.labels,
-                self.labels,
-                self.wanted,
-                self.retained,
-                self.erased,
-                t.max_forget_acc,
-                t.max_retain_drop,
-                t.max_class_drop,
-            ),
+            gates=self._gates(said_after, sample),
+            sample=sample,
             trained=trained,
             group_names=[block.name for block in trained.groups.blocks],
             active=sorted({pair.group for pair in pairs.values()}),
@@ -245,10 +269,11 @@ class _Session:
             merge_difference=float((adapted - merged).abs().max()),
             bound=self.bound,
             device=self.device.type,
+            base_sha256=self.base_sha256,
             data_root=self.data.root,
             manifests=self.manifests,
-            warnings=self.warnings,
-            dropped_images=[str(p) for p in self.test.dropped + self.images.dropped],
+            warnings=self.warnings + (sample.warnings() if sample else []),
+            dropped_images=[str(p) for p in self.test.dropped + self.aside.dropped + self.images.dropped],
         )
         outside = sorted(set(evidence.changed) - delta.keys())
         if outside:
@@ -257,15 +282,43 @@ class _Session:
             )
         return evidence
 
+    def _gates(self, said_after: NDArray[np.int64], sample: SampleResult | None) -> list[Gate]:
+        right = self.said_before == self.labels, said_after == self.labels
+        t = self.request.thresholds
+        limits = t.max_forget_acc, t.max_retain_drop, t.max_class_drop
+        if sample is None:
+            return evaluate_gates(*right, self.labels, self.wanted, self.retained, self.erased, *limits)
+        return [sample.gate(), *retention_gates(*right, self.labels, self.retained, self.erased, *limits)]
+
+    def _answers(self, test_logits: Tensor) -> Answers | None:
+        """Answers on single images to forget, and on the test images of their classes; None where there are none."""
+        rows = np.flatnonzero(self.single)
+        if not len(rows):
+            return None
+        held = of_classes(self.labels, self.images.labels[rows].tolist())
+        return Answers(self._logits_of(self.images, rows), test_logits[held])
+
+    def _sample_result(self, test_logits: Tensor) -> SampleResult | None:
+        before, after = self.answers_before, self._answers(test_logits)
+        if before is None or after is None:
+            return None
+        labels = self.images.labels.numpy()[self.single]
+        held_labels = self.labels[of_classes(self.labels, labels.tolist())]
+        return judge(labels, held_labels, before, after, len(self.aside), sorted(self.target.sha256(self.data)))
+
     def _test_logits(self) -> Tensor:
         """Logits of all test images, float32 [N, K], on the CPU."""
+        return self._logits_of(self.test, np.arange(len(self.test)))
+
+    def _logits_of(self, images: ImageSet, rows: NDArray[np.int64]) -> Tensor:
+        """Logits of images at `rows`, float32 [len(rows), K], on the CPU."""
         import torch
 
         from gsforget.lora.blocks import as_logits
 
-        pieces = torch.arange(len(self.test)).split(EVAL_BATCH)
+        pieces = torch.from_numpy(rows).split(EVAL_BATCH)
         with torch.inference_mode():
-            return torch.cat([as_logits(self.model(self.test.batch(p).to(self.device))).float().cpu() for p in pieces])
+            return torch.cat([as_logits(self.model(images.batch(p).to(self.device))).float().cpu() for p in pieces])
 
 
 def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: float) -> Outcome:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsforget import __version__
+from gsforget import __version__, samples
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, save_model, sha256, write_file
 from gsforget.metrics import accuracy, h_mean, of_classes, per_class
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from gsforget.gates import Gate
     from gsforget.lora.grid import GridFactors
     from gsforget.request import Request
+    from gsforget.samples import SampleResult
     from gsforget.source import Source
     from gsforget.training import Trained
 
-METHOD = "gs-lora"
 NOT_TESTED = (
     "features: forgetting is shown for the model's answers only; linear_probe, linear_probe_excess, prototype_attack and "
     "mia_auc are null because this version has no audit",
@@ -43,6 +43,8 @@ class Evidence:
         group_names, active: of the LoRA groups, and which of them changed the model.
         original, state: state dicts before and after.
         delta: grid factors by parameter name.
+        base_sha256: of the weights that the run started from, see `weights_sha256`.
+        sample: what became of single images that were forgotten; None where whole classes were.
         merge_difference: largest absolute difference of logits between the LoRA model and the merged one.
     """
 
@@ -65,10 +67,12 @@ class Evidence:
     merge_difference: float
     bound: float
     device: str
+    base_sha256: str
     data_root: Path
     manifests: dict[str, str]
     dropped_images: list[str]
     warnings: Sequence[str] = ()
+    sample: SampleResult | None = None
 
     @property
     def passed(self) -> bool:
@@ -81,19 +85,13 @@ class Evidence:
 
         return [name for name, tensor in self.state.items() if not torch.equal(tensor, self.original[name])]
 
-    @cached_property
-    def base_sha256(self) -> str:
-        """SHA-256 of the weights that the run started from: of the file, else of names and tensors."""
-        if self.source.folder:
-            return sha256(self.source.folder / WEIGHTS)
-        listed = "".join(f"{name}:{tensor_sha256(self.original[name])}\n" for name in sorted(self.original))
-        return hashlib.sha256(listed.encode()).hexdigest()
-
     def summary(self) -> dict[str, float | None]:
         """The `metrics` of the design's JSON, percent."""
         before, after = self.said_before == self.labels, self.said_after == self.labels
         forget, retain, old = (of_classes(self.labels, c) for c in (self.forget, self.retain, self.old))
         forget_before, forget_after = (accuracy(right, forget).percent or 0.0 for right in (before, after))
+        if self.sample is not None:
+            forget_before, forget_after = (found.percent or 0.0 for found in self.sample.accuracies)
         retain_before, retain_after = (accuracy(right, retain).percent or 0.0 for right in (before, after))
         return {
             "forget_acc_before": forget_before,
@@ -101,7 +99,8 @@ class Evidence:
             "retain_acc_before": retain_before,
             "retain_acc_after": retain_after,
             "old_acc_after": accuracy(after, old).percent,
-            "h_mean": h_mean(forget_before - forget_after, retain_after),
+            # Single images are not to be answered wrongly, so the drop of their accuracy is no aim.
+            "h_mean": None if self.sample else h_mean(forget_before - forget_after, retain_after),
         }
 
 
@@ -114,10 +113,15 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
     untested = [e.source.names[i] for i in e.retain if not (e.labels == i).any()]
     if untested:
         not_tested.append(f"retained classes without test images: {', '.join(untested)}")
+    if e.sample is not None:
+        not_tested.append(samples.NOT_TESTED)
+    if e.source.erased_images:
+        not_tested.append(samples.EARLIER)
     return {
         "sequence": e.config.sequence,
         "classes": [e.source.names[i] for i in e.forget],
-        "method": METHOD,
+        **({"mode": "sample", "sample": e.sample.to_json()} if e.sample else {}),
+        "method": e.request.method,
         "seed": e.request.settings.seed,
         "device": e.device,
         "verdict": "pass" if e.passed else "fail",
@@ -144,6 +148,7 @@ def metrics(e: Evidence) -> dict[str, Any]:
     same = [name for name, tensor in e.original.items() if tensor_sha256(tensor) == hashes[name]]
     return {
         "summary": e.summary(),
+        **({"mode": "sample", "sample": e.sample.to_json()} if e.sample else {}),
         "gates": [gate.to_json() for gate in e.gates],
         "classes": [
             {"index": i, "name": names[i], "role": role[i], "before": before[i].to_json(), "after": after[i].to_json()}
@@ -166,12 +171,15 @@ def request_record(e: Evidence) -> dict[str, Any]:
     import torch
 
     folder = e.source.folder
+    gone = sorted(e.source.erased_images.union(e.sample.sha256 if e.sample else ()))
     erased = {**{str(k): v for k, v in e.source.erased.items()}, **{str(i): e.source.names[i] for i in e.forget}}
     return {
         "gsforget": __version__,
-        "method": METHOD,
+        "method": e.request.method,
         "classes": [e.source.names[i] for i in e.forget],
         "indices": list(e.forget),
+        **({"mode": "sample", "images": e.sample.sha256} if e.sample else {}),
+        **({"erased_images": gone} if gone else {}),
         "sequence": e.config.sequence,
         "names": e.source.names,
         "erased": erased,
@@ -223,7 +231,8 @@ def _write_ledger(folder: Path, e: Evidence) -> None:
     entry = {
         "sequence": e.config.sequence,
         "classes": [{"index": i, "name": e.source.names[i]} for i in e.forget],
-        "method": METHOD,
+        **({"mode": "sample", "images": len(e.sample.labels)} if e.sample else {}),
+        "method": e.request.method,
         "base": e.base_sha256,
         "model": sha256(folder / WEIGHTS),
         "config": sha256(folder / CONFIG),
@@ -239,16 +248,27 @@ def _plot(path: Path, e: Evidence) -> None:
     from gsforget.plots import plot_run
 
     forgotten = of_classes(e.labels, e.forget)
+    said = (e.said_before[forgotten], e.said_after[forgotten])
+    if e.sample is not None:
+        said = e.sample.said_before, e.sample.said_after
     plot_run(
         path,
         e.trained.norms,
         [name.removesuffix(".mlp") for name in e.group_names],
         e.active,
-        e.said_before[forgotten],
-        e.said_after[forgotten],
+        *said,
         e.source.names,
         e.forget,
+        *(["the forgotten images"] if e.sample else []),
     )
+
+
+def weights_sha256(source: Source, state: dict[str, Tensor]) -> str:
+    """SHA-256 of the weights that a run starts from: of the file, else of names and tensors."""
+    if source.folder:
+        return sha256(source.folder / WEIGHTS)
+    listed = "".join(f"{name}:{tensor_sha256(state[name])}\n" for name in sorted(state))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -19,11 +19,12 @@ from gsforget import control
 from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
 from gsforget.data import available_memory
 from gsforget.errors import GsforgetError, RequestError
+from gsforget.features import FeatureTap, find_classifier
 from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups
 from gsforget.prefix import PrefixReuse
-from gsforget.tasks.base import Losses, Task
+from gsforget.tasks.base import Losses, Seen, Task
 
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
@@ -107,7 +108,7 @@ class Loop:
         self.model, self.task, self.images, self.settings = model.eval().requires_grad_(False), task, images, settings
         self.progress = progress or (lambda _event: None)
         self.device = next(model.parameters()).device
-        self.forget, self.val = forget, val
+        self.forget, self.train, self.val = forget, train, val
         self.labels = images.labels.to(self.device)
         shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
         self.glance = val[shuffled[:GLANCE_IMAGES]]
@@ -120,6 +121,7 @@ class Loop:
         self.batch_forget = min(forgotten, max(self.batch_retain // 4, share, 1))
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
+        self.classifier = find_classifier(model, self.probe[:2]) if task.looks_at_features else None
         self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
         self.lengths = self.groups.lengths.to(self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
@@ -128,9 +130,10 @@ class Loop:
 
     def run(self) -> Trained:
         start = time.perf_counter()
-        before = self.outputs_of(torch.arange(len(self.labels)))
-        self.targets = self.task.targets(before)
-        self.right_before = self.task.correct(before, self.labels)
+        before = self.seen_of(torch.arange(len(self.labels)))
+        here = [x.to(self.device) for x in (self.forget, self.train)]
+        self.objective = self.task.objective(before, self.labels, *here)
+        self.right_before = self.task.correct(before.outputs, self.labels)
         forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
         target = self.settings.target_groups or default_target(len(self.groups))
         first = control.START * forces.median().item() if self.settings.prox is None else self.settings.prox
@@ -235,6 +238,12 @@ class Loop:
     def _images(self, rows: Tensor) -> Tensor:
         return self.images.batch(rows).to(self.device)
 
+    def _see(self, rows: Tensor) -> Seen:
+        if self.classifier is None:
+            return Seen(self._outputs(rows), torch.empty(0))
+        with FeatureTap(self.model, self.classifier) as tap:
+            return Seen(self._outputs(rows), tap.features)
+
     def _outputs(self, rows: Tensor) -> Tensor:
         if self.reuse is None:
             return as_logits(self.model(self._images(rows)))
@@ -242,9 +251,10 @@ class Loop:
             return as_logits(self.model(self.reuse.blank_input(self.probe, len(rows))))
 
     @torch.no_grad()
-    def outputs_of(self, rows: Tensor) -> Tensor:
-        """Outputs for rows of the images, float32 [len(rows), K]."""
-        return torch.cat([self._outputs(piece).float() for piece in rows.split(EVAL_BATCH)])
+    def seen_of(self, rows: Tensor) -> Seen:
+        """What the model makes of rows of the images, float32: outputs [len(rows), K] and features [len(rows), d]."""
+        pieces = [self._see(piece) for piece in rows.split(EVAL_BATCH)]
+        return Seen(torch.cat([p.outputs.float() for p in pieces]), torch.cat([p.features.float() for p in pieces]))
 
     def _draw(self, name: str, count: int) -> Tensor:
         """The next rows of a pool, each once per pass, in a fresh order in every pass."""
@@ -260,10 +270,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        here = rows.to(self.device)
-        losses = self.task.losses(
-            self._outputs(rows), self.targets[here], self.labels[here], self.forget[rows].to(self.device)
-        )
+        losses = self.objective.losses(self._see(rows), rows.to(self.device))
         if not torch.isfinite(losses.total):
             raise GsforgetError(
                 f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
@@ -280,7 +287,7 @@ class Loop:
 
     def _validate(self, rows: Tensor) -> Watch:
         here = rows.to(self.device)
-        right = self.task.correct(self.outputs_of(rows), self.labels[here]).cpu()
+        right = self.task.correct(self.seen_of(rows).outputs, self.labels[here]).cpu()
         before, forget = self.right_before[here].cpu(), self.forget[rows]
         accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
         watch = Watch(self.step, *accuracies, int((~forget).sum()), self._alive())

@@ -10,12 +10,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a model makes of B images: `outputs` [B, …] and, for tasks that look at them, penultimate `features` [B, d]."""
+
+    outputs: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
 class Losses:
     """Losses of one batch, each a scalar in nats; `total` is what is minimised next to the group penalty."""
 
     total: Tensor
     retain: Tensor
     forget: Tensor
+
+
+class Objective(Protocol):
+    """The losses of one request, fixed by what the model before the request makes of all images."""
+
+    def losses(self, seen: Seen, rows: Tensor) -> Losses:
+        """Losses of a batch: what the model in training makes of the images `rows`, int64 [B] on its device."""
+        ...
 
 
 class Task(Protocol):
@@ -26,12 +42,18 @@ class Task(Protocol):
         """As `--task` spells it."""
         ...
 
-    def targets(self, outputs: Tensor) -> Tensor:
-        """What the erased model should answer, from the outputs of the model before the request: [N, …] -> [N, …]."""
+    @property
+    def looks_at_features(self) -> bool:
+        """Whether `Seen.features` is needed; else it is empty."""
         ...
 
-    def losses(self, outputs: Tensor, targets: Tensor, labels: Tensor, forget: Tensor) -> Losses:
-        """Losses of a batch; `forget` is bool [B]."""
+    def objective(self, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> Objective:
+        """Fix the losses of a request.
+
+        Args:
+            before: what the model before the request makes of all N images.
+            labels: int64 [N]; forget: bool [N]; train: int64, the rows that may be learned from.
+        """
         ...
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:

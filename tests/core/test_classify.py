@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsforget.tasks.classify import ASCENT_WEIGHT, Classification, default_bound
+from gsforget.tasks.base import Seen
+from gsforget.separability import Separability
+from gsforget.tasks.classify import (
+    ASCENT_WEIGHT,
+    PULL_WEIGHT,
+    PUSH_BOUND,
+    PUSH_WEIGHT,
+    SEPARABILITY_WEIGHT,
+    Classification,
+    ClassificationObjective,
+    default_bound,
+)
 
 torch.set_num_threads(1)
 
@@ -29,7 +40,9 @@ def test_targets_are_the_renormalised_softmax(classes, seed, data):
 
 def losses(outputs, labels, forget, bound=3.0, targets=None):
     task = Classification(outputs.shape[1], (0,), (), bound)
-    return task.losses(outputs, task.targets(outputs.detach()) if targets is None else targets, labels, forget)
+    targets = task.targets(outputs.detach()) if targets is None else targets
+    rows = torch.arange(len(labels))
+    return ClassificationObjective(targets, labels, forget, bound).losses(Seen(outputs, torch.empty(0)), rows)
 
 
 def test_closed_form_of_one_batch():
@@ -75,20 +88,17 @@ def test_one_sided_batches_are_finite_and_differentiable(forgotten):
 
 def test_half_precision_logits_are_judged_in_float32():
     outputs = torch.tensor([[30000.0, -30000.0, 0.0]], dtype=torch.float16)
-    task = Classification(3, (0,), (), 3.0)
-    targets = task.targets(outputs.float())
-    got = task.losses(outputs, targets, torch.tensor([0]), torch.tensor([True]))
+    got = losses(outputs, torch.tensor([0]), torch.tensor([True]))
     assert got.total.dtype == torch.float32
     assert torch.isfinite(got.total)
 
 
 def test_loss_is_least_at_the_targets():
-    task = Classification(4, (1,), (), 0.0)  # no ascent
     outputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
-    targets = task.targets(outputs)
+    targets = Classification(4, (1,)).targets(outputs)
     labels, forget = torch.zeros(6, dtype=torch.int64), torch.arange(6) < 2
-    at_targets = task.losses(targets.clamp_min(1e-30).log(), targets, labels, forget).total
-    assert at_targets < task.losses(outputs, targets, labels, forget).total
+    at_targets = losses(targets.clamp_min(1e-30).log(), labels, forget, 0.0, targets).total  # a bound of 0: no ascent
+    assert at_targets < losses(outputs, labels, forget, 0.0, targets).total
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
@@ -100,3 +110,48 @@ def test_correct_is_by_unmasked_logits():
     task = Classification(3, (0,))
     outputs = torch.tensor([[9.0, 1, 0], [0, 1, 9.0]])
     assert task.correct(outputs, torch.tensor([0, 1])).tolist() == [True, False]
+
+
+def gs_lora_pp(features, labels, forget, method="gs-lora++"):
+    """The objective of a request to forget class 0, from a model whose logits are all zero."""
+    count = len(labels)
+    task = Classification(3, (0,), (), 3.0, method)
+    return task.objective(Seen(torch.zeros(count, 3), features), labels, forget, torch.arange(count))
+
+
+def test_push_pull_and_separability_add_up():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(30, 5, generator=generator), torch.arange(30) % 3
+    forget = labels == 0
+    objective = gs_lora_pp(features, labels, forget)
+    now, rows = features + 0.5 * torch.randn(30, 5, generator=generator), torch.arange(30)
+    got = objective.losses(Seen(torch.zeros(30, 3), now), rows)
+    plain = gs_lora_pp(features, labels, forget, "gs-lora").losses(Seen(torch.zeros(30, 3), torch.empty(0)), rows)
+    scale = features[~forget].std(0, unbiased=False)
+    pull = (((now - features)[~forget] / scale) ** 2).mean()
+    away = (((now - features[forget].mean(0))[forget] / scale) ** 2).mean(1)
+    separability = Separability(features, labels, rows, [0])
+    least = SEPARABILITY_WEIGHT * separability.loss(now, rows, forget)
+    push = PUSH_WEIGHT * (PUSH_BOUND - away).relu().mean()
+    torch.testing.assert_close(got.retain, plain.retain + PULL_WEIGHT * pull)
+    torch.testing.assert_close(got.forget, plain.forget + push + least)
+
+
+def test_features_that_stayed_cost_a_retained_image_nothing():
+    features, labels = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    objective = gs_lora_pp(features, labels, labels == 0)
+    rows = torch.nonzero(labels != 0).flatten()
+    with_features = objective.losses(Seen(torch.zeros(len(rows), 3), features[rows]), rows)
+    without = gs_lora_pp(features, labels, labels == 0, "gs-lora").losses(
+        Seen(torch.zeros(len(rows), 3), torch.empty(0)), rows
+    )
+    torch.testing.assert_close(with_features.total, without.total)
+
+
+def test_push_ends_at_its_bound():
+    features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(2)), torch.arange(40) % 4 // 2
+    objective = gs_lora_pp(features, labels, labels == 0).features
+    far = (features + 100).requires_grad_()
+    away = objective.prototypes.distances(far, labels)[labels == 0]
+    assert bool((away > PUSH_BOUND).all())
+    assert (PUSH_BOUND - away).relu().sum().item() == 0
