@@ -28,6 +28,7 @@ def forget(
     classes: str | int | Sequence[str | int] = (),
     *,
     images: str | Path | None = None,
+    sample_mode: bool = False,
     checkpoint: str | Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
@@ -54,6 +55,7 @@ def forget(
         classes: names, or 0-based indices; one alone may be given without a list.
         images: instead of classes: a file that lists all training images of one or several classes, a path or SHA-256
             per line.
+        sample_mode: forget just the listed images and keep their classes; the evidence is weaker then.
         class_names: names in index order; default: the model folder's, else the sorted folders of the data.
         preprocessing: for a module: `input_size` (C, H, W), `mean`, `std`, and optionally `interpolation`, `crop_pct`,
             `crop_mode`; for timm names: overrides `img_size`, `mean`, `std`, `crop_pct`, `interpolation`.
@@ -86,6 +88,7 @@ def forget(
     request = _request(
         classes,
         images=images,
+        sample_mode=sample_mode,
         settings=settings,
         thresholds=thresholds,
         shots=shots,
@@ -147,6 +150,7 @@ def _request(
     classes: str | int | Sequence[str | int],
     *,
     images: str | Path | None = None,
+    sample_mode: bool = False,
     settings: Settings | None = None,
     thresholds: Thresholds | None = None,
     shots: int | None = None,
@@ -171,6 +175,7 @@ def _request(
         Path(reference) if reference else None,
         [str(c) for c in never_seen],
         images=read_image_list(Path(images)) if images else None,
+        sample_mode=sample_mode,
     )
 
 

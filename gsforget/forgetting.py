@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from gsforget.predict import pick_device
 from gsforget.records import Evidence
 from gsforget.request import Request, check_request
 from gsforget.requests.target import Target, resolve_target
-from gsforget.samples import Answers, SampleResult, copies_in_test, judge, set_aside
+from gsforget.samples import SETTLE_STEPS, Answers, SampleResult, copies_in_test, judge, set_aside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,6 +86,8 @@ def forget(
     if source.folder:
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
     target = resolve_target(request, source.names, source.erased, data, source.erased_images)
+    if target.rows is not None:
+        request = replace(request, method="gs-lora")  # single images are forgotten by the answers alone
     required = {name: p.requires_grad for name, p in source.model.named_parameters()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -221,6 +223,10 @@ class _Session:
         if len(single):
             shown = self._logits_of(self.aside, np.arange(len(self.aside)))
             task = SingleImages(shown, self.aside.labels, tuple(self.erased))
+            if settings.epochs is None:
+                kept = len(train) - len(single)
+                per_epoch = -(-kept // min(settings.batch_size, kept))
+                settings = replace(settings, epochs=SETTLE_STEPS / per_epoch)
         loop = Loop(self.model, task, self.images, train, val, forget, settings, report)
         try:
             return loop.run()

@@ -59,19 +59,31 @@ def evaluate_gates(
     Raises:
         RequestError: ``no_test_images`` when the forgotten or the retained classes have none.
     """
+    after, truth = np.asarray(correct_after, bool), np.asarray(labels)
+    forgotten = of_classes(truth, forget)
+    _check_images(forgotten, "forgotten")
+    limits = max_forget_acc, max_retain_drop, max_class_drop
+    return [
+        accuracy_gate("forget_acc", after, forgotten, max_forget_acc),
+        *retention_gates(correct_before, after, truth, retained, old, *limits),
+    ]
+
+
+def retention_gates(
+    correct_before: ArrayLike,
+    correct_after: ArrayLike,
+    labels: ArrayLike,
+    retained: Sequence[int],
+    old: Sequence[int] = (),
+    max_forget_acc: float = 1.0,
+    max_retain_drop: float = 1.0,
+    max_class_drop: float = 10.0,
+) -> list[Gate]:
+    """The gates of `evaluate_gates` but for ``forget_acc``: what stays, and what earlier requests forgot."""
     before, after, truth = np.asarray(correct_before, bool), np.asarray(correct_after, bool), np.asarray(labels)
     kept = of_classes(truth, retained)
-    for name, where in (("forgotten", of_classes(truth, forget)), ("retained", kept)):
-        if not where.any():
-            raise RequestError(
-                f"The test split holds no images of the {name} classes.",
-                "Add some under test/<class>/.",
-                "no_test_images",
-            )
-    gates = [
-        accuracy_gate("forget_acc", after, of_classes(truth, forget), max_forget_acc),
-        drop_gate("retain_drop", before[kept], after[kept], max_retain_drop),
-    ]
+    _check_images(kept, "retained")
+    gates = [drop_gate("retain_drop", before[kept], after[kept], max_retain_drop)]
     present = [k for k in sorted(retained) if (truth == k).any()]
     drops = [drop_gate("class_drop", before[truth == k], after[truth == k], max_class_drop, k) for k in present]
     gates.append(max(drops, key=lambda gate: (gate.bound, gate.value)))
@@ -79,6 +91,13 @@ def evaluate_gates(
     if earlier.any():
         gates.append(accuracy_gate("old_acc", after, earlier, max_forget_acc))
     return gates
+
+
+def _check_images(where: NDArray[np.bool_], name: str) -> None:
+    if not where.any():
+        raise RequestError(
+            f"The test split holds no images of the {name} classes.", "Add some under test/<class>/.", "no_test_images"
+        )
 
 
 def paired_drop(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:

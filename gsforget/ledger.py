@@ -170,13 +170,15 @@ def inspect(run_folder: Path) -> Report:
     """
     config = read_config(run_folder, weights=find_purged(run_folder, WEIGHTS) is None)
     path = run_folder / LEDGER
-    if not path.is_file() and not config.forgotten:
+    if not path.is_file() and not config.sequence:
         raise _no_ledger(run_folder)
     try:
         entries = parse(read_lines(path), path)
         if not entries:
             raise SafetyError(
-                f"{path} is absent or empty, yet config.json lists erased classes.", HINT, "broken_ledger"
+                f"{path} is absent or empty, yet config.json counts {config.sequence} erasure(s).",
+                HINT,
+                "broken_ledger",
             )
     except SafetyError as error:
         return Report([Check("chain", "fail", error.message), *check_artifacts(run_folder)])
@@ -204,7 +206,7 @@ def verify(run_folder: Path) -> Report:
 
 def parent_lines(folder: Path) -> list[str]:
     """The lines to continue from a model folder: none for an original model, else the verified ledger's."""
-    if not (folder / LEDGER).is_file() and not read_config(folder).forgotten:
+    if not (folder / LEDGER).is_file() and not read_config(folder).sequence:
         return []
     verify(folder)
     return read_lines(folder / LEDGER)

@@ -20,13 +20,15 @@ def plot_run(
     said_after: np.ndarray,
     class_names: Sequence[str],
     forgotten: Sequence[int],
+    what: str = "images of the forgotten classes (red)",
 ) -> None:
     """Write one PNG: group norms per step on the left, answers on the forgotten test images on the right.
 
     Args:
         norms: one row per training step, one column per group.
         active: groups that are not zero at the end.
-        said_before, said_after: int64 [N], predicted class of each forgotten test image.
+        said_before, said_after: int64 [N], predicted class of each image on the right.
+        what: these images are, for the title.
     """
     import warnings
 
@@ -35,7 +37,7 @@ def plot_run(
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_norms(left, np.asarray(norms), group_names, set(active))
-    _draw_answers(right, said_before, said_after, class_names, set(forgotten))
+    _draw_answers(right, said_before, said_after, class_names, set(forgotten), what)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # class names in an alphabet that the font lacks
         figure.savefig(path, dpi=130)
@@ -61,7 +63,9 @@ def _draw_norms(axes, norms: np.ndarray, names: Sequence[str], active: set[int])
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_answers(axes, before: np.ndarray, after: np.ndarray, names: Sequence[str], forgotten: set[int]) -> None:
+def _draw_answers(
+    axes, before: np.ndarray, after: np.ndarray, names: Sequence[str], forgotten: set[int], what: str
+) -> None:
     counts = np.stack([np.bincount(said, minlength=len(names)) for said in (before, after)]) / max(1, len(before)) * 100
     order = np.argsort(-counts.max(0))[:SHOWN]
     order = order[counts.max(0)[order] > 0]
@@ -73,7 +77,7 @@ def _draw_answers(axes, before: np.ndarray, after: np.ndarray, names: Sequence[s
         if index in forgotten:
             tick.set_color(RED)
     axes.invert_yaxis()
-    axes.set_title("What the model says about images of the forgotten classes (red)", fontsize=10)
-    axes.set_xlabel("percent of their test images")
+    axes.set_title(f"What the model says about {what}", fontsize=10)
+    axes.set_xlabel("percent of these images")
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

@@ -42,7 +42,8 @@ class Request:
         method: one of `METHODS`.
         reference: model folder of a model trained without the classes, to measure the features against.
         never_seen: names or indices of classes in the data that the model was never trained on.
-        images: instead of `classes`: a list of images that holds all training images of one or several classes.
+        images: instead of `classes`: a list of images that holds all training images of one or several classes,
+            or with `sample_mode` single images to forget while their classes are retained.
         origin: id, date, requester and basis of a request file's entry; kept in request.json and nowhere else.
     """
 
@@ -57,6 +58,7 @@ class Request:
     never_seen: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
     images: ImageList | None = None
+    sample_mode: bool = False
 
 
 def check_request(request: Request) -> None:

@@ -24,6 +24,7 @@ class Source:
         config: how to build and feed it; names of erased classes are already replaced.
         names: class names of the data folder in index order, erased ones included.
         erased: original names of classes that earlier requests erased, by index.
+        erased_images: SHA-256 of images that earlier requests forgot while their classes stayed.
         folder: the model or run folder it came from; None for a timm name or a module.
         sequence: erasures behind this model.
     """
@@ -33,6 +34,7 @@ class Source:
     names: list[str]
     erased: dict[int, str] = field(default_factory=dict)
     folder: Path | None = None
+    erased_images: frozenset[str] = frozenset()
 
     @property
     def sequence(self) -> int:
@@ -102,7 +104,7 @@ def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any
             "class_count",
         )
     erased = {int(k): v for k, v in history.get("erased", {}).items()} or {i: names[i] for i in config.forgotten}
-    return Source(model, config, names, erased, path)
+    return Source(model, config, names, erased, path, frozenset(history.get("erased_images", [])))
 
 
 def _read_request(path: Path) -> dict[str, Any]:

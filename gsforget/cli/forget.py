@@ -39,8 +39,14 @@ def forget(
         ),
     ] = None,
     images: Annotated[
-        Path | None, Opt(help="List of all training images of the classes to forget: a path or SHA-256 per line.")
+        Path | None,
+        Opt(
+            help="List of all training images of the classes to forget, or see --sample-mode: a path or SHA-256 per line."
+        ),
     ] = None,
+    sample_mode: Annotated[
+        bool, Opt("--sample-mode", help="Forget just the listed images and keep their classes: weaker evidence.")
+    ] = False,
     checkpoint: Annotated[
         Path | None, Opt(help="Weights for a timm name: safetensors or a torch file of tensors.")
     ] = None,
@@ -114,16 +120,17 @@ def forget(
         "out": out,
     }
     if request is not None:
-        if wanted or images:
+        if wanted or images or sample_mode:
+            other = "--images" if images else "--classes" if wanted else "--sample-mode"
             raise RequestError(
-                f"--request {request} names what to forget; {'--images' if images else '--classes'} does not apply.",
-                "Leave out one of them.",
+                f"--request {request} names what to forget; {other} does not apply.",
+                "Leave out one of them; in the file, single images take sample_mode: true.",
                 "two_targets",
             )
         serve(open_requests(model, data, request, **options), json)
         return
     with ForgetProgress() as progress:
-        outcome = run(model, data, wanted, images=images, progress=progress, **options)
+        outcome = run(model, data, wanted, images=images, sample_mode=sample_mode, progress=progress, **options)
     show(outcome)
     if json:
         emit_json(outcome.document)
@@ -172,7 +179,8 @@ def show(outcome: Any) -> None:
                 )
             )
     s = metrics["summary"]
-    rows.append(("all forgotten", "", f"{s['forget_acc_before']:.1f}", f"{s['forget_acc_after']:.1f}", "", ""))
+    what = "images forgotten" if "sample" in document else "all forgotten"
+    rows.append((what, "", f"{s['forget_acc_before']:.1f}", f"{s['forget_acc_after']:.1f}", "", ""))
     rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
     if s["old_acc_after"] is not None:
         rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
@@ -188,8 +196,12 @@ def show(outcome: Any) -> None:
         f"Blocks changed: {len(changed)} of {len(metrics['groups'])} ({', '.join(changed) or 'none'}); "
         f"{tensors['identical']} of {tensors['total']} tensors bit-identical."
     )
+    if "sample" in document:
+        show_membership(document["sample"])
+    h_mean = "" if s["h_mean"] is None else f"H-mean {s['h_mean']:.1f} · "
+    seconds = document["seconds"]
     say(
-        f"H-mean {s['h_mean']:.1f} · training {document['seconds']['train']:.1f} s, in all {document['seconds']['total']:.1f} s"
+        f"{h_mean}training {seconds['train']:.1f} s, in all {seconds['total']:.1f} s"
         f" · merged against LoRA: largest logit difference {metrics['merge']['max_logit_difference']:.1e}"
     )
     c = metrics["chosen"]
@@ -209,8 +221,20 @@ def show(outcome: Any) -> None:
     for warning in document["warnings"]:
         say(f"Warning: {warning}")
     if outcome.passed:
-        say(f"Passed. The model without these classes is in {outcome.folder}.")
+        say(
+            f"Passed. The model without these {'images' if 'sample' in document else 'classes'} is in {outcome.folder}."
+        )
     else:
         say(f"Failed: no model was published; the reports are in {outcome.folder}.")
     for note in document["not_tested"]:
         say(f"Not tested: {note}.")
+
+
+def show_membership(sample: dict[str, Any]) -> None:
+    """How well single images can be told from never-seen ones, for people."""
+    before, after = sample["membership"]["before"], sample["membership"]["after"]
+    say(
+        f"Told from {after['nonmembers']} never-seen test images of the same classes: AUC {before['auc']:.2f} before, "
+        f"{after['auc']:.2f} after (95 % interval {after['low']:.2f} to {after['high']:.2f}; 0.5 is what never-seen "
+        f"images give, within {sample['noise']:.2f} by chance). {sample['set_aside']} other test images set the target."
+    )

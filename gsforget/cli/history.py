@@ -35,6 +35,6 @@ def history(
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     after = (entry["metrics"].get(key) for key in ("forget_acc_after", "retain_acc_after"))
     forget, retain = ("" if value is None else f"{value:.1f}" for value in after)
-    classes = ", ".join(c["name"] for c in entry["classes"])
+    classes = ", ".join(c["name"] for c in entry["classes"]) or f"{entry.get('images', 0)} single image(s)"
     date = entry["time"].replace("T", " ").removesuffix("Z")
     return str(entry["sequence"]), date, classes, entry["method"], forget, retain, entry["model"][:12]

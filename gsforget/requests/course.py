@@ -15,7 +15,7 @@ from gsforget.data import ImageFolder
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.request import Request, check_request
 from gsforget.requests.file import Entry
-from gsforget.requests.target import resolve_target
+from gsforget.requests.target import Target, resolve_target
 
 if TYPE_CHECKING:
     from gsforget.forgetting import Outcome
@@ -30,7 +30,7 @@ class Course:
     Attributes:
         source: what the next request starts from.
         entries: of the request file.
-        classes: indices that each of them forgets.
+        targets: what each of them forgets.
         outcomes: of the requests served so far, in order.
     """
 
@@ -50,7 +50,7 @@ class Course:
                 "Leave out --out: runs are numbered under runs/.",
                 "out_of_several",
             )
-        self.classes = plan(self.entries, self.base, self.source.names, self.source.erased, self.data)
+        self.targets = plan(self.entries, self.base, self.source, self.data)
 
     @property
     def passed(self) -> bool:
@@ -95,8 +95,14 @@ class Course:
                 self.source, self.data, entry.request(self.base), self.load, self.runs, self.out, progress
             )
         if outcome.passed:
-            erased = self.source.erased | {i: self.source.names[i] for i in self.classes[len(self.outcomes)]}
-            self.source = replace(self.source, config=outcome.config, erased=erased, folder=outcome.folder)
+            target = self.targets[len(self.outcomes)]
+            self.source = replace(
+                self.source,
+                config=outcome.config,
+                erased=self.source.erased | {i: self.source.names[i] for i in target.classes},
+                erased_images=self.source.erased_images | target.sha256(self.data),
+                folder=outcome.folder,
+            )
         self.outcomes.append(outcome)
         return outcome
 
@@ -107,36 +113,31 @@ class Course:
         return self.outcomes
 
 
-def plan(
-    entries: list[Entry], base: Request, names: list[str], erased: dict[int, str], data: ImageFolder
-) -> list[list[int]]:
-    """The class indices of each entry, once all entries are found to fit the model, the data and each other.
+def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder) -> list[Target]:
+    """What each entry forgets, once all entries are found to fit the model, the data and each other.
 
     Args:
         base: what entries leave open.
-        names: class names in index order, `erased` those of earlier requests by index.
+        source: where the first request starts.
 
     Raises:
         RequestError: naming file, entry and what to change; ``duplicate_request`` and ``contradiction`` between entries.
     """
+    names = source.names
     asked: dict[int, str] = {}
     kept: dict[int, str] = {}
+    images: dict[str, str] = {}
     found = []
     for entry in entries:
         with _named(entry):
             request = entry.request(base)
             check_request(request)
-            classes = resolve_target(request, names, erased, data).classes
-            retain = [resolve_class(word, names, erased) for word in entry.retain]
-            double = next((k for k in classes if k in asked), None)
-            if double is not None:
-                raise RequestError(
-                    f"class '{names[double]}' is already forgotten by {asked[double]} of this file.",
-                    "Remove it from one of them.",
-                    "duplicate_request",
-                )
+            target = resolve_target(request, names, source.erased, data, source.erased_images)
+            retain = [resolve_class(word, names, source.erased) for word in entry.retain]
+            _refuse_double(target, asked, images, names, data)
             kept |= {k: kept.get(k, entry.label) for k in retain}
-            asked |= dict.fromkeys(classes, entry.label)
+            asked |= dict.fromkeys(target.classes, entry.label)
+            images |= dict.fromkeys(target.sha256(data), entry.label)
             both = next((k for k in asked if k in kept), None)
             if both is not None:
                 raise RequestError(
@@ -144,9 +145,30 @@ def plan(
                     "Remove it from classes or from retain.",
                     "contradiction",
                 )
-            check_remaining(list(asked), names, erased)
-        found.append(classes)
+            check_remaining(list(asked), names, source.erased)
+        found.append(target)
     return found
+
+
+def _refuse_double(
+    target: Target, asked: dict[int, str], images: dict[str, str], names: list[str], data: ImageFolder
+) -> None:
+    """Refuse classes and images that an earlier entry forgets; `asked` and `images` say which one."""
+    single = [] if target.rows is None else sorted({int(k) for k in data.train.labels[target.rows]})
+    double = next((k for k in [*target.classes, *single] if k in asked), None)
+    if double is not None:
+        raise RequestError(
+            f"class '{names[double]}' is already forgotten by {asked[double]} of this file.",
+            "Remove it from one of them.",
+            "duplicate_request",
+        )
+    again = sorted(target.sha256(data) & images.keys())
+    if again:
+        raise RequestError(
+            f"{len(again)} of its images are already forgotten by {images[again[0]]} of this file.",
+            "Remove them from one of the lists.",
+            "duplicate_request",
+        )
 
 
 @contextmanager

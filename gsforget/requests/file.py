@@ -26,7 +26,7 @@ WORDS = ("id", "date", "requester", "basis")
 SETTINGS = {"rank": int, "epochs": float, "lr": float, "batch_size": int, "bnd": float, "prox": float}
 SETTINGS |= {"target_groups": int, "seed": int}
 GATES = ("max_forget_acc", "max_retain_drop", "max_class_drop", "max_probe_excess")
-KEYS = (*WORDS, "classes", "images", "retain", "shots", "method", *SETTINGS, *GATES)
+KEYS = (*WORDS, "classes", "images", "sample_mode", "retain", "shots", "method", *SETTINGS, *GATES)
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,10 @@ def _entry(path: Path, number: int, raw: Any) -> Entry:
     if ("classes" in given) == ("images" in given):
         both = "both classes and images are given" if "classes" in given else "neither classes nor images are given"
         raise bad(where, both, "Give one of them, such as classes: [sandal, 7].")
+    single = given.get("sample_mode", False)
+    if not isinstance(single, bool) or (single and "images" not in given):
+        what = "sample_mode is given without images" if single is True else f"sample_mode is {_kind(single)}"
+        raise bad(where, what, "Write sample_mode: true beside images, to forget single images of retained classes.")
     return Entry(
         where,
         label,
@@ -125,6 +129,7 @@ def _entry(path: Path, number: int, raw: Any) -> Entry:
         {key: _number(where, key, given[key], kind) for key, kind in SETTINGS.items() if key in given},
         {key: _number(where, key, given[key], float) for key in GATES if key in given},
         ({"shots": _number(where, "shots", given["shots"], int)} if "shots" in given else {})
+        | {"sample_mode": single}
         | ({"method": _text(where, "method", given["method"])} if "method" in given else {}),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,23 +21,43 @@ class Target:
 
     Attributes:
         classes: indices of whole classes, sorted.
+        rows: positions of single training images to forget while their classes are retained, int64; None: whole classes.
         notes: how a list of images was understood, as sentences.
     """
 
     classes: list[int]
+    rows: NDArray[np.int64] | None = None
     notes: list[str] = field(default_factory=list)
 
+    def sha256(self, data: ImageFolder) -> frozenset[str]:
+        """SHA-256 of the single images; none for whole classes."""
+        return frozenset() if self.rows is None else frozenset(data.train_sha256[i] for i in self.rows)
 
-def resolve_target(request: Request, names: list[str], erased: dict[int, str], data: ImageFolder) -> Target:
-    """The classes that a request means, whether it names them or lists all their images.
+
+def resolve_target(
+    request: Request,
+    names: list[str],
+    erased: dict[int, str],
+    data: ImageFolder,
+    erased_images: Collection[str] = (),
+) -> Target:
+    """What a request means: the classes it names, or the classes or single images that it lists.
 
     Args:
         names: class names of the data in index order, `erased` those of earlier requests by index.
+        erased_images: SHA-256 of the images that earlier requests forgot singly.
 
     Raises:
-        RequestError: as `resolve_classes` and `find_rows`; ``two_targets``; ``part_of_a_class``.
+        RequestError: as `resolve_classes` and `find_rows`; ``two_targets``, ``already_forgotten``; ``part_of_a_class``
+            and ``whole_class`` where the list does not fit the mode; ``no_images_listed``.
     """
     if request.images is None:
+        if request.sample_mode:
+            raise RequestError(
+                "--sample-mode forgets single images, but none are listed.",
+                "Add --images FILE with one path or SHA-256 per line, or leave out --sample-mode.",
+                "no_images_listed",
+            )
         return Target(resolve_classes(request.classes, names, erased))
     if any(name.strip() for name in request.classes):
         raise RequestError(
@@ -47,6 +68,19 @@ def resolve_target(request: Request, names: list[str], erased: dict[int, str], d
     rows = find_rows(request.images, data)
     _refuse_erased(rows, data, names, erased, request.images)
     found = coverage(rows, data.train.labels)
+    if request.sample_mode:
+        if found.whole:
+            raise _whole(found, names, request.images)
+        gone = [i for i in rows if data.train_sha256[i] in set(erased_images)]
+        if gone:
+            raise RequestError(
+                f"{request.images.where} lists {len(gone)} image(s) that an earlier request forgot, such as "
+                f"{data.train.paths[gone[0]].parent.name}/{data.train.paths[gone[0]].name}.",
+                "Remove them from the list.",
+                "already_forgotten",
+            )
+        described = found.describe(found.partly, names)
+        return Target([], rows, [f"Single images are forgotten while their classes are retained: {described}."])
     if found.partly:
         raise _only_in_part(found, names, request.images)
     check_remaining(found.whole, names, erased)
@@ -54,7 +88,7 @@ def resolve_target(request: Request, names: list[str], erased: dict[int, str], d
     classes = "class" if len(found.whole) == 1 else "classes"
     return Target(
         found.whole,
-        [
+        notes=[
             f"{where} lists all training images of {_quoted(found.whole, names)}: taken as a request for the whole {classes}."
         ],
     )
@@ -77,9 +111,24 @@ def _only_in_part(found: Coverage, names: list[str], images: ImageList) -> Reque
         f"{images.where} covers classes only in part: {found.describe(found.partly, names)}. Forgetting some images while "
         "their class is kept is another kind of request, and its evidence is weaker.",
         f"For the whole class{'es' if len(found.listed) > 1 else ''} type --classes "
-        f"{','.join(names[k] if ',' not in names[k] else str(k) for k in found.listed)}.",
+        f"{_typed(list(found.listed), names)}; for these images alone add --sample-mode (in a request file sample_mode: true).",
         "part_of_a_class",
     )
+
+
+def _whole(found: Coverage, names: list[str], images: ImageList) -> RequestError:
+    return RequestError(
+        f"{images.where} lists all training images of {_quoted(found.whole, names)}; without any of them left there is "
+        "nothing to keep the class by.",
+        f"For the whole class type --classes {_typed(found.whole, names)} instead of --sample-mode; take its images off the "
+        "list where others are to be forgotten singly.",
+        "whole_class",
+    )
+
+
+def _typed(classes: list[int], names: list[str]) -> str:
+    """Classes as `--classes` takes them."""
+    return ",".join(names[k] if "," not in names[k] else str(k) for k in classes)
 
 
 def _quoted(classes: list[int], names: list[str]) -> str:
