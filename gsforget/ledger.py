@@ -170,7 +170,7 @@ def inspect(run_folder: Path) -> Report:
     """
     config = read_config(run_folder, weights=find_purged(run_folder, WEIGHTS) is None)
     path = run_folder / LEDGER
-    if not path.is_file() and not config.sequence:
+    if not path.is_file() and _is_original(config):
         raise _no_ledger(run_folder)
     try:
         entries = parse(read_lines(path), path)
@@ -206,10 +206,14 @@ def verify(run_folder: Path) -> Report:
 
 def parent_lines(folder: Path) -> list[str]:
     """The lines to continue from a model folder: none for an original model, else the verified ledger's."""
-    if not (folder / LEDGER).is_file() and not read_config(folder).sequence:
+    if not (folder / LEDGER).is_file() and _is_original(read_config(folder)):
         return []
     verify(folder)
     return read_lines(folder / LEDGER)
+
+
+def _is_original(config: ModelConfig) -> bool:
+    return not config.forgotten and not config.sequence
 
 
 def _check_file(name: str, run_folder: Path, file: str, expected: str | None, line: int) -> Check:

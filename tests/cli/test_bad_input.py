@@ -132,6 +132,11 @@ for name, kind, text, named, hint in (
     ("bad_method", "unknown_method", "{classes: [bee], method: gs-lorra}", "gs-lorra", "gs-lora"),
     ("wrong_type", "bad_request_file", "{classes: [bee], shots: many}", "shots", "shots: 1"),
     ("a_yes", "bad_request_file", "{classes: [yes]}", "true", "quotes"),
+    ("single_twice", "duplicate_request", "[{images: [train/bee/000.png], sample_mode: true}, {images: [train/bee/000.png, "
+     "train/bee/001.png], sample_mode: true}]", "1 of its images are already forgotten by entry 1", "lists"),
+    ("single_of_a_class", "duplicate_request", "[{classes: [bee]}, {images: [train/bee/000.png], sample_mode: true}]",
+     "class 'bee' is already", "Remove"),
+    ("single_without_images", "bad_request_file", "{classes: [bee], sample_mode: true}", "without images", "beside images"),
     ("empty", "bad_request_file", "", "no request", "classes"),
     ("no_yaml", "bad_request_file", "classes: [bee", "line 1", "quotes"),
 ):  # fmt: skip
@@ -180,6 +185,26 @@ def image_of_the_test_folder(o, world, cwd):
 @case("unknown_image", "0" * 64, "train folder")
 def hash_of_no_image(o, world, cwd):
     image_list(o, cwd, "0" * 64)
+
+
+@case("whole_class", "'bee'", "--classes bee")
+def all_images_of_a_class_singly(o, world, cwd):
+    image_list(o, cwd, "train/cat/000.png", *(f"train/bee/{i:03d}.png" for i in range(24)))
+    o["sample_mode"] = None
+
+
+@case("no_images_listed", "--sample-mode", "--images")
+def single_images_without_a_list(o, world, cwd):
+    o["sample_mode"] = None
+
+
+@case("too_few_test_images", "'bee' has 1 test image", "test/bee")
+def single_images_without_test_images_to_compare_with(o, world, cwd):
+    data = copy_of_data(o, world, cwd)
+    for path in sorted((data / "test" / "bee").iterdir())[1:]:
+        path.unlink()
+    image_list(o, cwd, "train/bee/000.png")
+    o["sample_mode"] = None
 
 
 @case("bad_image_list", "list.txt is empty", "per line")

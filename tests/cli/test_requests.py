@@ -113,3 +113,81 @@ def test_an_error_on_the_way_says_what_is_done(world, cli, tmp_path, monkeypatch
     assert (result.status, result.document["error"]["kind"]) == (1, "disk_full")
     assert "entry 2 (x): The disk is full." in result.document["error"]["message"]
     assert "entry 1: done (runs/forget-0001)" in result.document["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def single(world, cli, tmp_path_factory):
+    """Six images of bee and one of cat, by path and by hash, forgotten while their classes stay."""
+    cwd = tmp_path_factory.mktemp("single")
+    digest = hashlib.sha256((world.data / "train/cat/004.png").read_bytes()).hexdigest()
+    (cwd / "list.txt").write_text("\n".join([*(f"train/bee/{i:03d}.png" for i in range(6)), digest]))
+    options = ("--images", "list.txt", "--sample-mode")
+    return cwd, cli(cwd, "forget", "--model", world.model, "--data", world.data, *options, *GATES)
+
+
+def test_single_images_are_forgotten_and_their_classes_kept(single, cli):
+    cwd, result = single
+    assert result.status == 0, result.err
+    document = result.document
+    assert document["mode"] == "sample"
+    assert document["classes"] == []
+    assert document["method"] == "gs-lora"
+    assert document["sample"]["images"] == 7
+    assert document["sample"]["set_aside"] == 20, "half of the test images of bee and cat"
+    assert 0 <= document["sample"]["membership"]["after"]["auc"] <= 1
+    assert [gate["name"] for gate in document["gates"]] == ["membership", "retain_drop", "class_drop"]
+    assert document["metrics"]["forget_acc_after"] > 50, "their class is still known"
+    assert any("weaker evidence" in note for note in document["not_tested"])
+    assert "6 of 24 of 'bee', 1 of 24 of 'cat'" in document["warnings"][0]
+    assert "AUC" in result.err
+    config = json.loads((cwd / "runs/forget-0001/config.json").read_text())
+    assert config["class_names"] == ["ant", "bee", "cat", "dog"]
+    assert (config["forgotten"], config["sequence"]) == ([], 1)
+    line = json.loads((cwd / "runs/forget-0001/ledger.jsonl").read_text())
+    assert (line["mode"], line["images"], line["classes"]) == ("sample", 7, [])
+    assert cli(cwd, "verify", "runs/forget-0001").status == 0
+    history = cli(cwd, "history", "runs/forget-0001")
+    assert "7 single image(s)" in history.err
+
+
+def test_later_requests_leave_the_images_out_of_training(world, single, cli, tmp_path, monkeypatch):
+    from gsforget.data import ImageSet
+
+    run = single[0] / "runs/forget-0001"
+    record = json.loads((run / "request.json").read_text())
+    assert len(record["images"]) == len(record["erased_images"]) == 7
+    read, check = [], ImageSet.check
+    monkeypatch.setattr(ImageSet, "check", lambda images: (read.extend(images.paths), check(images))[1])
+    options = ("--model", run, "--data", world.data, *QUICK, *GATES)
+    result = cli(tmp_path, "forget", *options, "--classes", "dog")
+    assert result.status == 0, result.err
+    assert world.data / "train/bee/000.png" not in read
+    assert world.data / "train/cat/004.png" not in read
+    assert world.data / "train/bee/006.png" in read
+    later = json.loads((tmp_path / "runs/forget-0001/request.json").read_text())
+    assert later["erased_images"] == record["erased_images"]
+    again = cli(tmp_path, "forget", *options, "--images", single[0] / "list.txt", "--sample-mode")
+    assert (again.status, again.document["error"]["kind"]) == (2, "already_forgotten")
+
+
+def test_a_run_of_single_images_without_its_ledger_is_no_original(world, single, cli, tmp_path):
+    import shutil
+
+    shutil.copytree(single[0] / "runs/forget-0001", tmp_path / "run")
+    (tmp_path / "run/ledger.jsonl").unlink()
+    result = cli(tmp_path, "forget", "--model", "run", "--data", world.data, "--classes", "bee")
+    assert (result.status, result.document["error"]["kind"]) == (4, "broken_ledger")
+
+
+def test_classes_and_single_images_in_one_file(world, cli, tmp_path):
+    entries = [{"images": ["train/bee/000.png", "train/ant/001.png"], "sample_mode": True}, {"classes": ["bee"]}]
+    (tmp_path / "r.json").write_text(json.dumps(entries))
+    options = ("--data", world.data, "--request", "r.json", "--epochs", "1", *GATES)
+    result = cli(tmp_path, "forget", "--model", world.model, *options)
+    assert result.status == 0, result.err
+    first, second = result.document["requests"]
+    assert (first["mode"], first["classes"]) == ("sample", [])
+    assert second["classes"] == ["bee"]
+    assert "mode" not in second
+    record = json.loads((tmp_path / "runs/forget-0002/request.json").read_text())
+    assert len(record["erased_images"]) == 2
