@@ -41,7 +41,7 @@ def forget(
     skip_corrupt: bool = False,
     method: str | None = None,
     reference: str | Path | None = None,
-    never_seen: Sequence[str | int] = (),
+    never_seen: Sequence[str] = (),
     trust_code: bool = False,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
@@ -63,7 +63,7 @@ def forget(
             `config.json`; without it the run folder can be read back only with your own code.
         method: "gs-lora" or "gs-lora++"; None: the default.
         reference: model folder of a model trained without the classes; needed for `max_probe_excess`.
-        never_seen: instead of `reference`: classes of the data that the model was never trained on.
+        never_seen: instead of `reference`: class folders of the data that the model was never trained on.
         runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
 
     Returns:
@@ -84,6 +84,7 @@ def forget(
         preprocessing=preprocessing,
         architecture=architecture,
         trust_code=trust_code,
+        never_seen=never_seen,
     )
     request = _request(
         classes,
@@ -97,6 +98,7 @@ def forget(
         method=method,
         reference=reference,
         never_seen=never_seen,
+        trust_code=trust_code,
     )
     return forgetting.forget(
         source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
@@ -141,8 +143,9 @@ def open_requests(
         preprocessing=preprocessing,
         architecture=architecture,
         trust_code=trust_code,
+        never_seen=options.get("never_seen", ()),
     )
-    base = _request((), **options)
+    base = _request((), trust_code=trust_code, **options)
     return Course(source, folder, load, base, entries, Path(runs) if runs else None, Path(out) if out else None)
 
 
@@ -158,7 +161,8 @@ def _request(
     skip_corrupt: bool = False,
     method: str | None = None,
     reference: str | Path | None = None,
-    never_seen: Sequence[str | int] = (),
+    never_seen: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Request:
     from gsforget.request import DEFAULT_METHOD, Request, Thresholds
     from gsforget.requests.images import read_image_list
@@ -173,9 +177,10 @@ def _request(
         skip_corrupt,
         method or DEFAULT_METHOD,
         Path(reference) if reference else None,
-        [str(c) for c in never_seen],
+        list(dict.fromkeys(str(c) for c in never_seen)),
         images=read_image_list(Path(images)) if images else None,
         sample_mode=sample_mode,
+        trust_code=trust_code,
     )
 
 
@@ -189,6 +194,7 @@ def open_model_and_data(
     preprocessing: dict[str, Any] | None = None,
     architecture: str | None = None,
     trust_code: bool = False,
+    never_seen: Sequence[str] = (),
 ) -> tuple[Source, ImageFolder, Callable[[Path], np.ndarray]]:
     """Load a model and list its images in the model's class order; arguments as for `forget`.
 
@@ -201,7 +207,9 @@ def open_model_and_data(
     if isinstance(model, (str, Path)):
         source = load_source(
             str(model),
-            None if class_names or Path(model).is_dir() else scan(data, None, missing_ok=True).class_names,
+            None
+            if class_names or Path(model).is_dir()
+            else scan(data, None, missing_ok=True, never_seen=never_seen).class_names,
             checkpoint=checkpoint,
             model_kwargs=model_kwargs,
             class_names=class_names,
@@ -209,9 +217,9 @@ def open_model_and_data(
             trust_code=trust_code,
         )
     else:
-        names = class_names or scan(data, None, missing_ok=True).class_names
+        names = class_names or scan(data, None, missing_ok=True, never_seen=never_seen).class_names
         source = source_of_module(model, names, preprocessing or {}, architecture)
-    images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True)
+    images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True, never_seen=never_seen)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
 
 

@@ -71,7 +71,11 @@ class ImageFolder:
 
 
 def scan(
-    root: Path, class_names: list[str] | None, optional: Collection[str] = (), missing_ok: bool = False
+    root: Path,
+    class_names: list[str] | None,
+    optional: Collection[str] = (),
+    missing_ok: bool = False,
+    never_seen: Collection[str] = (),
 ) -> ImageFolder:
     """List the images of a data folder.
 
@@ -81,6 +85,7 @@ def scan(
         optional: names that may lack images or a folder, such as erased classes; the folder of the class at index 3 may
             be called `forgotten-3` then, as the model's `config.json` calls it.
         missing_ok: a class without any training images is no error (nor is it where it lacks test images, too).
+        never_seen: folders that are no classes of the model, and are left out.
 
     Raises:
         RequestError: what is missing, empty, or does not fit the class names.
@@ -93,18 +98,20 @@ def scan(
         raise RequestError(f"{root} has no train/ folder.", LAYOUT, "no_train")
     if test is None:
         raise RequestError(f"{root} has neither a test/ nor a val/ folder.", LAYOUT, "no_test")
-    names = list(class_names) if class_names is not None else _folders(train)
+    names = list(class_names) if class_names is not None else _folders(train, never_seen)
     _check_names(names, train)
     renamed = {n: new for i, n in enumerate(names) if n in optional and (new := f"forgotten-{i}") not in {*names} - {n}}
     absent = [n for n in names if not _images(train, n, renamed)] if missing_ok and _folders(train) else []
     free = {*optional, *absent}
     for folder in (train, test):
-        _check_folders(folder, names, renamed, absent, given=class_names is not None)
+        _check_folders(folder, names, renamed, absent, class_names is not None, never_seen)
     return ImageFolder(root, names, _list(train, names, free, renamed), _list(test, names, free, renamed), test.name)
 
 
-def _folders(split: Path) -> list[str]:
-    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _folders(split: Path, without: Collection[str] = ()) -> list[str]:
+    return sorted(
+        p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in without
+    )
 
 
 def _check_names(names: list[str], train: Path) -> None:
@@ -126,13 +133,18 @@ def _check_names(names: list[str], train: Path) -> None:
 
 
 def _check_folders(
-    split: Path, names: list[str], renamed: dict[str, str], absent: Collection[str], given: bool
+    split: Path,
+    names: list[str],
+    renamed: dict[str, str],
+    absent: Collection[str],
+    given: bool,
+    never_seen: Collection[str] = (),
 ) -> None:
     """The folders of a split must be the class names, no more and no fewer, but for classes erased or without images.
 
     ``renamed`` maps the names of erased classes to their new ones; ``absent`` holds those without training images.
     """
-    there = _folders(split)
+    there = _folders(split, set(never_seen) - set(names))
     extra = [n for n in there if n not in names and n not in renamed.values()]
     # Beside a folder that fits no name, a class without a folder is more likely misspelt than missing.
     free = {*renamed} if extra else {*renamed, *absent}

@@ -17,7 +17,7 @@ from gsforget.gates import Gate, evaluate_gates, retention_gates
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
 from gsforget.predict import pick_device
 from gsforget.records import Evidence
-from gsforget.request import Request, check_request
+from gsforget.request import Request, check_request, check_sample_mode
 from gsforget.requests.target import Target, resolve_target
 from gsforget.samples import SETTLE_STEPS, Answers, SampleResult, copies_in_test, judge, set_aside
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from gsforget.audit.in_run import Prober
     from gsforget.data import ImageFolder, ImageSet
     from gsforget.source import Source
     from gsforget.tasks.base import Task
@@ -87,6 +88,7 @@ def forget(
         ledger.parent_lines(source.folder)  # refuses a broken chain before any work
     target = resolve_target(request, source.names, source.erased, data, source.erased_images)
     if target.rows is not None:
+        check_sample_mode(request)
         request = replace(request, method="gs-lora")  # single images are forgotten by the answers alone
     required = {name: p.requires_grad for name, p in source.model.named_parameters()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -113,7 +115,7 @@ class _Session:
     def __init__(self, source: Source, data: ImageFolder, request: Request, load: Callable, target: Target):
         import torch
 
-        self.source, self.data, self.request, self.target = source, data, request, target
+        self.source, self.data, self.request, self.target, self.load = source, data, request, target, load
         self.wanted = wanted = target.classes
         self.device = pick_device(request.device)
         self.erased = sorted(source.erased)
@@ -198,10 +200,45 @@ class _Session:
                 "class_count",
             )
         self.said_before = predict(logits)
+        prober = self._prober()
         self.answers_before = self._answers(logits)
         active = sorted(self.wanted + self.retained)
         confusion = confusion_matrix(self.labels, self.said_before, len(self.source.names))
         check_plausible(confusion, active, self.source.names)
+        if prober:
+            prober.before()
+        self.prober = prober
+
+    def _prober(self) -> Prober | None:
+        """What attacks the features of whole classes; None for single images."""
+        from gsforget.audit.in_run import Prober
+
+        if self.target.rows is not None:
+            return None
+        return Prober(
+            self.source,
+            self.data,
+            self.request,
+            self.wanted,
+            self.retained,
+            self._attackers_images(),
+            self.test,
+            self.load,
+            self.device,
+        )
+
+    def _attackers_images(self) -> ImageSet:
+        """Training images for an attacker, who has more than the few that --shots leaves to learn from."""
+        from gsforget.audit.images import PER_CLASS
+        from gsforget.data import ImageSet, few_shot
+
+        there, mine = self.data.train.labels[self._usable()], self.images.labels.numpy()
+        if all((mine == k).sum() >= min(PER_CLASS, (there == k).sum()) for k in self.wanted + self.retained):
+            return self.images
+        rows = self._usable()[few_shot(there, PER_CLASS, self.request.settings.seed)]
+        images = ImageSet(self.data.train.select(rows), self.load, self.request.skip_corrupt)
+        images.check()
+        return images
 
     def train(self, report: Callable[[Event], None]) -> Trained:
         import torch
@@ -254,6 +291,7 @@ class _Session:
         merged = self._test_logits()
         said_after = predict(merged)
         sample = self._sample_result(merged)
+        probed = self.prober.after() if self.prober else None
         evidence = Evidence(
             source=self.source,
             request=self.request,
@@ -264,8 +302,9 @@ class _Session:
             labels=self.labels,
             said_before=self.said_before,
             said_after=said_after,
-            gates=self._gates(said_after, sample),
+            gates=[*self._gates(said_after, sample), *(probed.gates() if probed else [])],
             sample=sample,
+            probed=probed,
             trained=trained,
             group_names=[block.name for block in trained.groups.blocks],
             active=sorted({pair.group for pair in pairs.values()}),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from gsforget.audit.in_run import Probed
     from gsforget.gates import Gate
     from gsforget.lora.grid import GridFactors
     from gsforget.request import Request
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from gsforget.source import Source
     from gsforget.training import Trained
 
-NOT_TESTED = (
-    "features: forgetting is shown for the model's answers only; linear_probe, linear_probe_excess, prototype_attack and "
-    "mia_auc are null because this version has no audit",
+PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
+NO_PROBE = (
+    f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: they are about whole classes; single images are judged by the membership "
+    "attack under sample"
 )
 
 
@@ -45,6 +47,7 @@ class Evidence:
         delta: grid factors by parameter name.
         base_sha256: of the weights that the run started from, see `weights_sha256`.
         sample: what became of single images that were forgotten; None where whole classes were.
+        probed: what attacks on features and answers found; None for single images.
         merge_difference: largest absolute difference of logits between the LoRA model and the merged one.
     """
 
@@ -73,6 +76,7 @@ class Evidence:
     dropped_images: list[str]
     warnings: Sequence[str] = ()
     sample: SampleResult | None = None
+    probed: Probed | None = None
 
     @property
     def passed(self) -> bool:
@@ -107,7 +111,7 @@ class Evidence:
 def document(e: Evidence, seconds: float) -> dict[str, Any]:
     """The JSON of `forget`; artifacts and hashes are added when the run folder stands."""
     summary = e.summary()
-    not_tested = list(NOT_TESTED)
+    not_tested = e.probed.not_tested() if e.probed else [NO_PROBE]
     if e.old and summary["old_acc_after"] is None:
         not_tested.append("old_acc_after: the test folder holds no images of the classes erased before")
     untested = [e.source.names[i] for i in e.retain if not (e.labels == i).any()]
@@ -117,6 +121,7 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
         not_tested.append(samples.NOT_TESTED)
     if e.source.erased_images:
         not_tested.append(samples.EARLIER)
+    seconds_of = {"total": seconds, "train": e.trained.seconds, "audit": e.probed.seconds if e.probed else 0.0}
     return {
         "sequence": e.config.sequence,
         "classes": [e.source.names[i] for i in e.forget],
@@ -128,8 +133,8 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
         "metrics": summary,
         "groups": {"total": len(e.group_names), "active": e.active},
         "changed_tensors": e.changed,
-        "seconds": {"total": round(seconds, 2), "train": round(e.trained.seconds, 2)},
-        "audit": {"linear_probe": None, "linear_probe_excess": None, "prototype_attack": None, "mia_auc": None},
+        "seconds": {name: round(value, 2) for name, value in seconds_of.items()},
+        "audit": e.probed.document() if e.probed else dict.fromkeys(PROBES),
         "not_tested": not_tested,
         "warnings": list(e.warnings),
         "gates": [gate.to_json() for gate in e.gates],
@@ -150,6 +155,7 @@ def metrics(e: Evidence) -> dict[str, Any]:
         "summary": e.summary(),
         **({"mode": "sample", "sample": e.sample.to_json()} if e.sample else {}),
         "gates": [gate.to_json() for gate in e.gates],
+        "audit": e.probed.to_json() if e.probed else None,
         "classes": [
             {"index": i, "name": names[i], "role": role[i], "before": before[i].to_json(), "after": after[i].to_json()}
             for i in range(count)
@@ -190,6 +196,7 @@ def request_record(e: Evidence) -> dict[str, Any]:
         "settings": asdict(e.request.settings),
         "thresholds": asdict(e.request.thresholds),
         "shots": e.request.shots,
+        **({"compared_with": e.probed.compared} if e.probed and e.probed.compared else {}),
         **({"request": e.request.origin} if e.request.origin else {}),
         "chosen": chosen(e),
         "device": e.device,

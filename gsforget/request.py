@@ -41,9 +41,10 @@ class Request:
         device: auto, cpu or cuda.
         method: one of `METHODS`.
         reference: model folder of a model trained without the classes, to measure the features against.
-        never_seen: names or indices of classes in the data that the model was never trained on.
+        never_seen: class folders of the data that the model was never trained on.
         images: instead of `classes`: a list of images that holds all training images of one or several classes,
             or with `sample_mode` single images to forget while their classes are retained.
+        trust_code: the reference may be built by code of its own.
         origin: id, date, requester and basis of a request file's entry; kept in request.json and nowhere else.
     """
 
@@ -59,18 +60,39 @@ class Request:
     origin: dict[str, str] = field(default_factory=dict)
     images: ImageList | None = None
     sample_mode: bool = False
+    trust_code: bool = False
 
 
 def check_request(request: Request) -> None:
     """Refuse what no run could use, before any work.  Raises RequestError."""
     check_method(request.method)
     check_numbers(request)
+    if request.reference and request.never_seen:
+        raise RequestError(
+            "--reference and --never-seen both say what to compare with.", "Give one of them.", "two_references"
+        )
     if request.thresholds.max_probe_excess is not None and not (request.reference or request.never_seen):
         raise RequestError(
             "--max-probe-excess needs classes or a model to compare with.",
             "Add --reference FOLDER (a model trained without the classes) or --never-seen A,B (classes that the model "
             "was never trained on).",
             "no_reference",
+        )
+
+
+def check_sample_mode(request: Request) -> None:
+    """Refuse for single images what is about whole classes.  Raises RequestError ``sample_probe``."""
+    asked = {
+        "--max-probe-excess": request.thresholds.max_probe_excess is not None,
+        "--reference": request.reference,
+        "--never-seen": request.never_seen,
+    }
+    option = next((name for name, given in asked.items() if given), None)
+    if option:
+        raise RequestError(
+            f"{option} is about whole classes; single images are judged by membership.",
+            f"Leave out {option} with --sample-mode.",
+            "sample_probe",
         )
 
 

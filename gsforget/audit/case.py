@@ -226,16 +226,7 @@ class _Opening:
                     "folder that the model was never trained on)"
                 )
             return None
-        if not folder.is_dir():
-            raise RequestError(f"There is no model folder {folder}.", "Check --reference.", "no_model")
-        source = load_source(str(folder), trust_code=self.ask.trust_code)
-        if source.config.num_classes != len(names):
-            raise RequestError(
-                f"The reference {folder} has {source.config.num_classes} classes, the model {len(names)}.",
-                "Train it with the same class names in the same order, on images of the retained classes only.",
-                "bad_reference",
-            )
-        return self._side(source)
+        return self._side(open_reference(folder, len(names), self.ask.trust_code))
 
     def _names(self, own: list[str], request: dict[str, Any], original: tuple[Source, Side] | None) -> list[str]:
         """The names that the data's folders have: given, of the run, of the original, or the model's own."""
@@ -298,6 +289,23 @@ class _Opening:
             "name the first model with --original FOLDER"
         )
         return original, known
+
+
+def open_reference(folder: Path, classes: int, trust_code: bool = False) -> Source:
+    """Open a model that was trained without some classes.
+
+    Raises RequestError ``no_model``, or ``bad_reference`` where its head has another number of classes.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"There is no model folder {folder}.", "Check --reference.", "no_model")
+    source = load_source(str(folder), trust_code=trust_code)
+    if source.config.num_classes != classes:
+        raise RequestError(
+            f"The reference {folder} has {source.config.num_classes} classes, the model {classes}.",
+            "Train it with the same class names in the same order, on images of the retained classes only.",
+            "bad_reference",
+        )
+    return source
 
 
 def _run_of(target: Path) -> Path | None:

@@ -66,11 +66,35 @@ def list_images(
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
     if not train.is_dir() and not test.is_dir():
         raise RequestError(f"{root} has neither a train/ nor a test/ folder.", LAYOUT, "no_train")
-    _check_never_seen(never_seen, names, erased)
+    unseen = list_never_seen(train, test, names, erased, never_seen, seed)
     for split in (train, test):
         _check_folders(split, names, erased, never_seen)
     places = [[name, *([f"forgotten-{i}"] if i in erased else [])] for i, name in enumerate(names)]
     all_train, all_test = _list(train, places), _list(test, places)
+    if not len(all_train) and not len(all_test):
+        raise RequestError(f"{root} holds no images of the model's classes.", LAYOUT, "no_images")
+    return AuditImages(
+        root,
+        _capped(all_train, seed),
+        all_test,
+        all_train,
+        *unseen,
+        [*_lacking("training", all_train, train, names), *_lacking("test", all_test, test, names)],
+    )
+
+
+def list_never_seen(
+    train: Path, test: Path, names: Sequence[str], erased: Mapping[int, str], never_seen: Sequence[str], seed: int = 0
+) -> tuple[Split, Split]:
+    """Training and test images of never-seen classes, labelled K, K + 1, …; at most `PER_CLASS` seeded ones each.
+
+    Args:
+        train, test: the folders of both splits; the others as for `list_images`.
+
+    Raises:
+        RequestError: ``seen_class`` for a class of the model, ``no_images`` for one without images.
+    """
+    _check_never_seen(never_seen, names, erased)
     unseen = [_list(split, [[name] for name in never_seen], len(names)) for split in (train, test)]
     for k, name in enumerate(never_seen, len(names)):
         for split, found in zip((train, test), unseen):
@@ -80,17 +104,7 @@ def list_images(
                     "A never-seen class needs images under train/ and test/, as every other class.",
                     "no_images",
                 )
-    if not len(all_train) and not len(all_test):
-        raise RequestError(f"{root} holds no images of the model's classes.", LAYOUT, "no_images")
-    return AuditImages(
-        root,
-        _capped(all_train, seed),
-        all_test,
-        all_train,
-        _capped(unseen[0], seed),
-        _capped(unseen[1], seed),
-        [*_lacking("training", all_train, train, names), *_lacking("test", all_test, test, names)],
-    )
+    return _capped(unseen[0], seed), _capped(unseen[1], seed)
 
 
 def _check_never_seen(never_seen: Sequence[str], names: Sequence[str], erased: Mapping[int, str]) -> None:

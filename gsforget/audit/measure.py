@@ -155,7 +155,7 @@ def measure(case: Case, say: Say) -> Evidence:
     check_order(case, original or subject)
     reference = answers(case.reference, "the reference", case.audited) if case.reference else None
     if reference:
-        _check_reference(case, reference)
+        check_reference(case, reference)
     base, never_seen = original or subject, None
     if case.ask.never_seen:
         say("asking about never-seen classes")
@@ -171,11 +171,7 @@ def measure(case: Case, say: Say) -> Evidence:
             for s in ("train", "test")
         ]
         never_seen = shown[0], shown[1]
-        if len(new) != len(case.audited):
-            notes.append(
-                f"never-seen classes one for one: {len(new)} of them stand beside {len(case.audited)} forgotten ones; fewer "
-                "classes are easier to tell apart"
-            )
+        notes += uneven(len(new), len(case.audited))
     there = [set(np.unique(a.labels).tolist()) for a in (subject.train, subject.test)]
     attackable = [k for k in case.audited if k in there[0] and k in there[1]]
     if case.audited and not attackable:
@@ -203,8 +199,21 @@ def join(first: Answers, second: Answers) -> Answers:
     return Answers(labels, np.concatenate([first.logits, second.logits]), both)
 
 
-def _check_reference(case: Case, reference: Measured) -> None:
-    """A reference that names the forgotten classes has seen them, and would let anything pass."""
+def uneven(never_seen: int, forgotten: int) -> list[str]:
+    """A sentence where not as many never-seen classes stand beside the forgotten ones, else none."""
+    if never_seen == forgotten:
+        return []
+    return [
+        f"never-seen classes one for one: {never_seen} of them stand beside {forgotten} forgotten ones; fewer classes are "
+        "easier to tell apart"
+    ]
+
+
+def check_reference(case: Case, reference: Measured) -> None:
+    """A reference that names the forgotten classes has seen them, and would let anything pass.
+
+    Raises RequestError ``bad_reference``.
+    """
     forgotten = reference.test.select(of_classes(reference.test.labels, case.audited))
     if not len(forgotten.labels):
         return

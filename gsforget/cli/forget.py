@@ -198,6 +198,8 @@ def show(outcome: Any) -> None:
     )
     if "sample" in document:
         show_membership(document["sample"])
+    if metrics["audit"]:
+        show_probes(metrics["audit"])
     h_mean = "" if s["h_mean"] is None else f"H-mean {s['h_mean']:.1f} · "
     seconds = document["seconds"]
     say(
@@ -228,6 +230,26 @@ def show(outcome: Any) -> None:
         say(f"Failed: no model was published; the reports are in {outcome.folder}.")
     for note in document["not_tested"]:
         say(f"Not tested: {note}.")
+
+
+def show_probes(audit: dict[str, Any]) -> None:
+    """What the features still hold, next to the original and to what never saw the classes, for people."""
+    parts = []
+    for key, title, unit in (
+        ("linear_probe", "a fresh linear probe names", " %"),
+        ("prototype_attack", "five images per class put into the head name", " %"),
+        ("mia_auc", "membership AUC", ""),
+    ):
+        digits = 1 if unit else 2
+        named = (("", "after"), ("before ", "original"), ("never seen ", "reference"))
+        found = [(title_of, (audit[who] or {}).get(key)) for title_of, who in named]
+        if found[0][1] is not None:
+            shown = [f"{title_of}{value:.{digits}f}{unit}" for title_of, value in found if value is not None]
+            parts.append(f"{title} {shown[0]} ({', '.join(shown[1:])})")
+    if parts:
+        excess = audit["linear_probe_excess"]
+        more = "" if excess is None else f" Probe excess {excess:.2f} (0: as if never seen, 1: untouched)."
+        say(f"Of the forgotten classes {'; '.join(parts)}.{more}")
 
 
 def show_membership(sample: dict[str, Any]) -> None:
