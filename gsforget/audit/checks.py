@@ -15,7 +15,7 @@ from gsforget.metrics import Z_ONE_SIDED
 
 if TYPE_CHECKING:
     from gsforget.audit.membership import MembershipResult
-    from gsforget.audit.relearn import Curve
+    from gsforget.audit.relearn import Starts
     from gsforget.gates import Gate
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -30,7 +30,7 @@ class Limits:
     max_class_drop: float = 10.0  # points; the gate of `forget`: a mean hides one class that collapsed
     max_probe_excess: float = 0.25  # a quarter of what forgetting could remove; 0 = never seen, 1 = untouched
     min_relearn_ratio: float = 0.5  # steps next to a never-seen model; AIN (ERASURE) has 1 as ideal, below it is memory
-    recover_share: float = 0.9  # of the original's accuracy: what counts as learned again, as in relearn time (2.5)
+    recover_share: float = 0.95  # of the original's accuracy: what counts as learned again (relearn time, 2.5)
 
 
 @dataclass(frozen=True)
@@ -156,31 +156,55 @@ def membership(value: MembershipResult, original: MembershipResult | None, refer
     )
 
 
-def relearning(subject: Curve, original: Curve | None, reference: Curve | None, known: float, limits: Limits) -> Check:
-    """Full relearning: steps until the classes are back, next to a never-seen model's.
+def relearning(
+    subject: Starts, original: Starts | None, reference: Starts | None, known: float, limits: Limits
+) -> Check:
+    """Full relearning: steps until the classes are back, next to a never-seen model's; the faster start of each counts.
 
     Args:
-        known: the original's accuracy on these images, percent.  They count as back at 90 % of it, or at the best that
-            the never-seen model reaches within the steps measured, whichever is less.
+        known: the original's accuracy on these images, percent; see `relearning_goal`.
     """
     from gsforget.audit.relearn import steps_to
 
     name, limit = "relearn_full", limits.min_relearn_ratio
+    goal = relearning_goal(reference, known, limits)
+
+    def steps(starts: Starts | None) -> int | None:
+        return steps_to(starts.faster(goal), goal) if starts else None
+
+    def took(starts: Starts) -> str:
+        return _after(steps(starts), starts.imprinted.steps[-1])
+
+    def took_own(starts: Starts) -> str:
+        return _after(steps_to(starts.own, goal), starts.own.steps[-1])
+
+    value, before, needed = (steps(s) for s in (subject, original, reference))
+    says = f"Fine-tuning brings the forgotten classes back to {goal:.0f} % after {took(subject)}"
     if reference is None:
-        steps = steps_to(subject, limits.recover_share * known)
-        took = f"{steps} steps" if steps is not None else f"more than {subject.steps[-1]} steps"
-        says = f"The classes are back after {took} of fine-tuning; nothing to compare with."
-        return Check(name, steps, None, None, None, "inconclusive", "steps", says)
-    goal = min(limits.recover_share * known, max(reference.accuracies))
-    steps, before, needed = (steps_to(c, goal) if c else None for c in (subject, original, reference))
+        says += f" (from its own head after {took_own(subject)}); nothing to compare with."
+        return Check(name, value, before, None, None, "inconclusive", "steps", says)
     assert needed is not None
-    took = f"{steps} steps" if steps is not None else f"more than {subject.steps[-1]} steps"
-    says = (
-        f"Fine-tuning brings the forgotten classes back to {goal:.0f} % after {took}, in a model that never saw them after "
-        f"{needed}."
-    )
-    verdict: Verdict = "pass" if steps is None or steps >= limit * needed else "fail"
-    return Check(name, steps, before, needed, limit * needed, verdict, "steps", says)
+    own = f"from its own head after {took_own(subject)}, in that model after {took_own(reference)}"
+    says += f", in a model that never saw them after {took(reference)}, each from its better start ({own})"
+    if needed == 0:
+        says += (
+            f"; not judged: with class means put into its head, the model that never saw them names as many ({goal:.0f} %) "
+            "before any step, so steps tell nothing"
+        )
+        return Check(name, value, before, needed, None, "inconclusive", "steps", f"{says}.")
+    verdict: Verdict = "pass" if value is None or value >= limit * needed else "fail"
+    return Check(name, value, before, needed, limit * needed, verdict, "steps", f"{says}.")
+
+
+def relearning_goal(reference: Starts | None, known: float, limits: Limits) -> float:
+    """When classes count as back, percent: at a share of the original's accuracy ``known``, or at the best that the
+    never-seen model reaches within the steps measured, whichever is less."""
+    goal = limits.recover_share * known
+    return min(goal, reference.best) if reference else goal
+
+
+def _after(steps: int | None, measured: int) -> str:
+    return f"more than {measured} steps" if steps is None else f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def _cap(text: str) -> str:

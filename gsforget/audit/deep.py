@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from gsforget.audit import checks, relearn, similarity
+from gsforget.audit import checks, probes, relearn, similarity
 from gsforget.audit.checks import Check, Limits
 from gsforget.audit.measure import subset
-from gsforget.audit.relearn import Curve
+from gsforget.audit.relearn import Curve, Starts
 from gsforget.data import ImageSet
 from gsforget.errors import RequestError
+from gsforget.features import features_and_logits
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.metrics import Z_ONE_SIDED, of_classes, wilson
 
@@ -37,12 +38,14 @@ class Attacked:
     """A network to be relearned, where it learns from and where it is measured.
 
     Attributes:
+        classes: the attacked ones.
         rows, retained: rows of the training images of the attacked and of the retained classes.
         test_rows: rows of test images of the attacked classes.
     """
 
     module: nn.Module
     classifier: str
+    classes: list[int]
     train: ImageSet
     test: ImageSet
     rows: np.ndarray
@@ -103,7 +106,7 @@ def _attacked(e: Evidence, side: Side, classes: list[int]) -> Attacked | None:
     retained = e.sets.rows("train", e.case.retained)
     test_rows = subset(e.sets.rows("test", classes), MOST, seed)
     train, test = (e.sets.images(split, side.load) for split in ("train", "test"))
-    return Attacked(module, classifier, train, test, rows, retained, test_rows)
+    return Attacked(module, classifier, classes, train, test, rows, retained, test_rows)
 
 
 def _with_rows(module: nn.Module, classifier: str, new: int) -> nn.Module:
@@ -144,30 +147,67 @@ def relearned(a: Attacked, mode: relearn.Mode, seed: int, until: float | None) -
     )
 
 
+def both_starts(a: Attacked, seed: int, until: float | None) -> Starts:
+    """``full`` relearning from the network's own head, and from one with class means of the same images in it."""
+    return Starts(relearned(a, "full", seed, until), relearned(imprinted(a, seed), "full", seed, until))
+
+
+@torch.no_grad()
+def imprinted(a: Attacked, seed: int) -> Attacked:
+    """A copy whose head has the class means of all relearning images as the attacked classes' rows."""
+    module = copy.deepcopy(a.module)
+    head = module.get_submodule(a.classifier)
+    attacked, others = (_features(a, rows) for rows in (a.rows, subset(a.retained, len(a.rows), seed)))
+    bias = None if head.bias is None else head.bias.double().cpu().numpy()
+    labels = a.train.labels[torch.from_numpy(a.rows)].numpy()
+    weight, offset = probes.imprint(
+        head.weight.double().cpu().numpy(), bias, attacked, labels, a.classes, others if len(others) else None
+    )
+    head.weight.copy_(torch.from_numpy(weight))
+    if head.bias is not None:
+        head.bias.copy_(torch.from_numpy(offset))
+    return replace(a, module=module)
+
+
+def _features(a: Attacked, rows: np.ndarray) -> np.ndarray:
+    device = next(a.module.parameters()).device
+    parts = torch.from_numpy(np.asarray(rows, dtype=np.int64)).split(BATCH) if len(rows) else ()
+    found = [features_and_logits(a.module, a.classifier, a.train.batch(p).to(device))[0].cpu() for p in parts]
+    return torch.cat(found).numpy() if found else np.zeros((0, 0), np.float32)
+
+
 def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tuple[list[Check], dict[str, Any]]:
-    """``relearn_full`` and ``relearn_retain``, with their curves."""
+    """``relearn_full`` and ``relearn_retain``, with their curves.
+
+    ``full`` holds the curve of each model's faster start, ``full_own_head`` that from its own head.
+    """
     nets, seed = attacked(e), e.case.ask.seed
     subject = nets["subject"]
     if subject is None:
         why = "it needs the weights of a model that ends in a linear layer, and images of both splits"
         return [checks.unknown(n, u, why) for n, u in (("relearn_full", "steps"), ("relearn_retain", "%"))], {}
-    known = (
+    known = float(
         e.original.test.correct[of_classes(e.original.test.labels, e.attackable)].mean() * 100 if e.original else 100.0
     )
-    curves: dict[str, dict[str, Curve | None]] = {"full": {}, "retain": {}}
-    for mode in ("full", "retain"):
-        for name, net in nets.items():
-            wanted = net is not None and (
-                mode == "full" or (len(net.retained) and not (name == "reference" and e.never_seen))
-            )
-            if wanted:
-                say(f"relearning: {mode}, {name}")
-            until = limits.recover_share * float(known) if mode == "full" else None
-            curves[mode][name] = relearned(net, mode, seed, until) if wanted and net is not None else None  # type: ignore[arg-type]
-    full, retain = curves["full"], curves["retain"]
-    assert full["subject"] is not None
-    made = [checks.relearning(full["subject"], full["original"], full["reference"], float(known), limits)]
+    starts: dict[str, Starts | None] = dict.fromkeys(nets)
+    retain: dict[str, Curve | None] = dict.fromkeys(nets)
+    for name, net in nets.items():
+        if net is not None:
+            say(f"relearning: full, {name}")
+            starts[name] = both_starts(net, seed, limits.recover_share * known)
+    for name, net in nets.items():
+        if net is not None and len(net.retained) and not (name == "reference" and e.never_seen):
+            say(f"relearning: retain, {name}")
+            retain[name] = relearned(net, "retain", seed, None)
+    assert starts["subject"] is not None
+    made = [checks.relearning(starts["subject"], starts["original"], starts["reference"], known, limits)]
     made.append(_recovery(retain["subject"], retain["original"], retain["reference"], len(subject.test_rows), limits))
+    goal = checks.relearning_goal(starts["reference"], known, limits)
+    curves = {
+        "full": {name: s.faster(goal) if s else None for name, s in starts.items()},
+        "full_own_head": {name: s.own if s else None for name, s in starts.items()},
+        "retain": retain,
+    }
     return made, {mode: curves_json(found) for mode, found in curves.items()}
 
 

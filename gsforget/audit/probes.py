@@ -130,25 +130,42 @@ def prototype_attack(
     Raises:
         ValueError: a forgotten class has no shot, or no test image is left.
     """
-    head, offset = _head(weight, bias)
+    head = _head(weight, bias)
     pool, truth = _pair(shot_features, shot_labels)
     test, answer = _tested(test_features, test_labels, forgotten)
-    where = np.asarray(list(forgotten), dtype=np.int64)
-    others = np.setdiff1d(np.arange(len(head)), where)
-    centre = np.zeros(head.shape[1]) if retained_features is None else _finite(retained_features).mean(axis=0)
-    length = np.median(np.linalg.norm(head[others if len(others) else where], axis=1))
-    level = np.median(head[others] @ centre + offset[others]) if len(others) else 0.0
+    centre = np.zeros(head[0].shape[1]) if retained_features is None else _finite(retained_features).mean(axis=0)
     mixtures = [alpha] if isinstance(alpha, (int, float)) else list(alpha)
     figures = []
     for rows in _draws(truth, forgotten, shots, draws, seed):
-        direction = unit(class_means(pool[rows], truth[rows], forgotten) - centre)
+        means = class_means(pool[rows], truth[rows], forgotten)
         for share in mixtures:
-            new, new_offset = head.copy(), offset.copy()
-            new[where] = share * length * direction + (1 - share) * head[where]
-            new_offset[where] = level - new[where] @ centre
+            new, new_offset = _replaced(*head, means, forgotten, centre, share)
             named = (test @ new.T + new_offset).argmax(axis=1)
             figures.append(100 * (named == answer).mean())
     return float(np.reshape(figures, (-1, len(mixtures))).mean(axis=0).max())
+
+
+def imprint(
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    features: ArrayLike,
+    labels: ArrayLike,
+    forgotten: Sequence[int],
+    retained_features: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """The head with the forgotten classes' rows replaced by their class means, as in `prototype_attack` with alpha 1.
+
+    Args:
+        weight, bias: the head, [K, d] and [K] or None.
+        features, labels: [M, d], int [M], images of the forgotten classes, at least one each.
+        retained_features: [R, d], any images of retained classes.
+
+    Returns:
+        Weight [K, d] and bias [K], float64.
+    """
+    head = _head(weight, bias)
+    centre = np.zeros(head[0].shape[1]) if retained_features is None else _finite(retained_features).mean(axis=0)
+    return _replaced(*head, class_means(features, labels, forgotten), forgotten, centre, 1.0)
 
 
 def linear_probe(
@@ -309,6 +326,20 @@ def _finite(features: ArrayLike) -> Array:
             "nan_features",
         )
     return values
+
+
+def _replaced(
+    weight: Array, bias: Array, means: Array, forgotten: Sequence[int], centre: Array, share: float
+) -> tuple[Array, Array]:
+    """Head with new rows for the forgotten classes; see `prototype_attack` for their length and bias."""
+    where = np.asarray(list(forgotten), dtype=np.int64)
+    others = np.setdiff1d(np.arange(len(weight)), where)
+    length = np.median(np.linalg.norm(weight[others if len(others) else where], axis=1))
+    level = np.median(weight[others] @ centre + bias[others]) if len(others) else 0.0
+    new, new_bias = weight.copy(), bias.copy()
+    new[where] = share * length * unit(means - centre) + (1 - share) * weight[where]
+    new_bias[where] = level - new[where] @ centre
+    return new, new_bias
 
 
 def _head(weight: ArrayLike, bias: ArrayLike | None) -> tuple[Array, Array]:

@@ -3,10 +3,10 @@
 Relearning is fine-tuning under one fixed setting: AdamW with betas 0.9 and 0.999, no weight decay, a constant step size,
 cross-entropy, seeded batches, the model in evaluation mode (no dropout, fixed statistics).  A count of steps means
 nothing alone; the same attack on the original takes 0 steps, and on a model that never saw the classes it takes the
-number to compare with.  Three attacks: ``head`` trains the classifier on frozen features, ``full`` all weights, both on
-images that the attacker holds of the forgotten classes (and, best, as many retained ones, or every image is soon called
-forgotten); ``retain`` is ``full`` on retained images alone, and asks whether the classes come back by themselves
-(arXiv 2505.22310).  Nothing here changes the model it is given.
+number to compare with.  Three attacks: ``head`` trains the classifier on frozen features, ``full`` all weights (from two
+starts, see `Starts`), both on images that the attacker holds of the forgotten classes (and, best, as many retained ones,
+or every image is soon called forgotten); ``retain`` is ``full`` on retained images alone, and asks whether the classes
+come back by themselves (arXiv 2505.22310).  Nothing here changes the model it is given.
 """
 
 from __future__ import annotations
@@ -49,6 +49,29 @@ def steps_to(curve: Curve, accuracy: float) -> int | None:
     the accuracy is there before any step (the original model), it is 0.
     """
     return next((s for s, a in zip(curve.steps, curve.accuracies) if a >= accuracy), None)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Relearning of one model from two starts: the head as it is, and the forgotten rows imprinted with class means.
+
+    An attacker takes what serves better: a head whose unused rows collapsed, as those of a model that never saw the
+    classes do, is slow to train whatever the features know.
+    """
+
+    own: Curve
+    imprinted: Curve
+
+    @property
+    def best(self) -> float:
+        """The highest accuracy reached from either start, percent."""
+        return max(*self.own.accuracies, *self.imprinted.accuracies)
+
+    def faster(self, accuracy: float) -> Curve:
+        """The curve that reaches the accuracy first; the own one where both need no step, else the imprinted one."""
+        own, imprinted = steps_to(self.own, accuracy), steps_to(self.imprinted, accuracy)
+        takes_own = own is not None and (imprinted is None or own < imprinted or own == 0)
+        return self.own if takes_own else self.imprinted
 
 
 def relearn(

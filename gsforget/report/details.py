@@ -11,7 +11,15 @@ from gsforget.report.markup import Html, join, listed, measured, number, plural,
 TIERS = {"quick": 0, "standard": 1, "full": 2}
 MODES = {
     "head": ("Relearning the last layer", "Only the last layer is trained, on images of the forgotten classes."),
-    "full": ("Relearning with all weights", "All weights are trained, on images of the forgotten classes."),
+    "full": (
+        "Relearning with all weights",
+        "All weights are trained, on images of the forgotten classes, from the better of two starts: the last layer as it "
+        "is, or with averages of these images in it.",
+    ),
+    "full_own_head": (
+        "Relearning with all weights, last layer as it is",
+        "All weights are trained, from the last layer as it is.",
+    ),
     "retain": (
         "Recovery on retained data alone",
         "All weights are trained without a single image of the forgotten classes.",

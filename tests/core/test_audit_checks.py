@@ -7,7 +7,7 @@ import pytest
 from gsforget.audit import checks
 from gsforget.audit.checks import Limits
 from gsforget.audit.membership import MembershipResult
-from gsforget.audit.relearn import Curve
+from gsforget.audit.relearn import Curve, Starts
 from gsforget.gates import Gate
 from gsforget.metrics import Z_ONE_SIDED
 
@@ -101,6 +101,11 @@ def curve(*accuracies):
     return Curve(STEPS, accuracies)
 
 
+def one(found):
+    """Both starts alike."""
+    return Starts(found, found)
+
+
 NEVER = curve(0, 10, 30, 60, 80, 95)
 
 
@@ -108,19 +113,47 @@ NEVER = curve(0, 10, 30, 60, 80, 95)
     ("subject", "verdict", "steps"),
     [
         (curve(0, 5, 20, 50, 70, 95), "pass", 20),
-        (curve(0, 50, 91, 95, 95, 95), "fail", 2),
+        (curve(0, 50, 96, 96, 96, 96), "fail", 2),
         (curve(0, 0, 0, 0, 0, 10), "pass", None),
-        (curve(0, 10, 50, 80, 92, 95), "pass", 10),  # exactly half
+        (curve(0, 10, 50, 80, 95, 95), "pass", 10),  # exactly half
     ],
 )
 def test_relearning_needs_half_the_steps_of_a_model_that_never_saw_them(subject, verdict, steps):
-    check = checks.relearning(subject, curve(100, 100, 100, 100, 100, 100), NEVER, 100.0, LIMITS)
+    check = checks.relearning(one(subject), one(curve(*[100] * 6)), one(NEVER), 100.0, LIMITS)
     assert (check.verdict, check.value, check.original, check.reference) == (verdict, steps, 0, 20)
     assert check.threshold == 10
 
 
 def test_relearning_aims_at_what_the_never_seen_model_reaches():
     slow = curve(0, 5, 10, 20, 30, 40)
-    check = checks.relearning(curve(0, 5, 10, 40, 50, 60), None, slow, 100.0, LIMITS)
+    check = checks.relearning(one(curve(0, 5, 10, 40, 50, 60)), None, one(slow), 100.0, LIMITS)
     assert (check.value, check.reference, check.verdict) == (5, 20, "fail")
-    assert checks.relearning(slow, None, None, 100.0, LIMITS).verdict == "inconclusive"
+    assert checks.relearning(one(slow), None, None, 100.0, LIMITS).verdict == "inconclusive"
+
+
+def test_the_faster_start_of_each_counts_and_both_are_told():
+    slow, fast = curve(0, 0, 0, 0, 0, 90), curve(60, 70, 96, 96, 96, 96)
+    subject, never = Starts(NEVER, curve(0, 0, 0, 0, 0, 0)), Starts(slow, fast)
+    check = checks.relearning(subject, None, never, 100.0, LIMITS)
+    assert (check.value, check.reference, check.verdict) == (20, 2, "pass")
+    assert "from its own head after 20 steps, in that model after more than 20 steps" in check.says
+    check = checks.relearning(Starts(NEVER, curve(60, 96, 96, 96, 96, 96)), None, never, 100.0, LIMITS)
+    assert (check.value, check.reference, check.threshold, check.verdict) == (1, 2, 1, "pass")  # exactly half
+    check = checks.relearning(Starts(NEVER, curve(60, 96, 96, 96, 96, 96)), None, one(NEVER), 100.0, LIMITS)
+    assert (check.value, check.reference, check.verdict) == (1, 20, "fail")
+
+
+def test_a_never_seen_model_that_is_there_at_once_tells_nothing():
+    there = Starts(NEVER, curve(97, 97, 97, 97, 97, 97))
+    check = checks.relearning(one(NEVER), None, there, 100.0, LIMITS)
+    assert (check.value, check.reference, check.threshold, check.verdict) == (20, 0, None, "inconclusive")
+    assert "before any step" in check.says
+
+
+def test_which_start_is_shown():
+    late, early = curve(0, 0, 0, 0, 95, 95), curve(50, 50, 95, 95, 95, 95)
+    assert Starts(late, early).faster(90) is Starts(early, late).faster(90) is early
+    never = curve(0, 0, 0, 0, 0, 1)
+    assert Starts(never, late).faster(99) is late
+    assert Starts(early, late).faster(50) is early  # no step at all
+    assert Starts(late, never).best == 95

@@ -256,3 +256,17 @@ def test_a_transformer_whose_head_hides_a_class(world):
         curve = relearn(model, "head", lambda r: pixels[r], torch.arange(len(truth)), truth, named, mode, 5, 1)
         assert curve.accuracies[0] == 0
         assert steps_to(curve, 90) == 1, "it was never gone"
+
+
+def test_imprinted_rows_are_class_means_at_the_length_and_level_of_the_others():
+    from gsforget.audit.probes import imprint
+
+    weight, bias = np.array([[3.0, 0.0], [0.0, 3.0], [9.0, 9.0]]), np.array([1.0, 1.0, -np.inf])
+    features, retained = np.array([[4.0, 5.0], [4.0, 7.0]]), np.array([[0.0, 2.0], [2.0, 4.0]])  # centre (1, 3)
+    made, offset = imprint(weight, bias, features, [2, 2], [2], retained)
+    direction = np.array([3.0, 3.0]) / np.sqrt(18)
+    assert made[:2].tolist() == weight[:2].tolist()
+    assert made[2] == pytest.approx(3 * direction)
+    level = np.median([3 * 1 + 1, 3 * 3 + 1])
+    assert made[2] @ [1, 3] + offset[2] == pytest.approx(level)
+    assert np.isneginf(bias[2])
