@@ -239,7 +239,9 @@ def audit_model(
     max_probe_excess: float = 0.25,
     out: str | Path | None = None,
     trust_code: bool = False,
+    skip_corrupt: bool = False,
     progress: Callable[[str], None] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Look for what a model still knows of forgotten classes, and write the evidence.
 
@@ -257,17 +259,18 @@ def audit_model(
         with_images: show test images in the report.
         max_probe_excess: ratio; (probe - never seen) / (original - never seen) on the features.
         out: folder, or file ending in .json; default: `audit/` of the run, nothing for a model that is no run.
+        show: called with the document in which erased classes still have their names, for people at the workstation.
 
     Returns:
-        The document of `audit.json`: ``verdict`` ``pass``, ``fail`` or ``inconclusive``, ``checks``, ``details``,
-        ``not_tested``, ``artifacts`` (the files written), and what the README's JSON section lists.
+        The document of `audit.json`, in which erased classes are called forgotten-N: ``verdict`` ``pass``, ``fail`` or
+        ``inconclusive``, ``checks``, ``details``, ``not_tested``, ``artifacts`` (the files written), and what the README's JSON section lists.
 
     Raises:
         RequestError, SafetyError: see `gsforget.errors`.
     """
     from gsforget.audit.audit import audit
     from gsforget.audit.case import Ask, open_case
-    from gsforget.audit.publish import places, plain, write
+    from gsforget.audit.publish import places, plain, shown, write
 
     ask = Ask(
         Path(model) if model is not None else None,
@@ -282,6 +285,7 @@ def audit_model(
         seed,
         max_probe_excess,
         trust_code,
+        skip_corrupt,
     )
     say = progress or (lambda _text: None)
     say("opening the models")
@@ -290,7 +294,9 @@ def audit_model(
     document, evidence = audit(case, say)
     say("writing the report")
     write(where, document, evidence, with_images)
-    return plain(document)
+    if show:
+        show(plain(document))
+    return shown(document)
 
 
 class _Devices:

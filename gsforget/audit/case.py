@@ -57,6 +57,7 @@ class Ask:
     seed: int = 0
     max_probe_excess: float = 0.25
     trust_code: bool = False
+    skip_corrupt: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,14 @@ class _Opening:
         """Forgotten now, forgotten before, and those to look at."""
         wanted = [c for c in (str(c).strip() for c in self.ask.classes) if c]
         if not erased:
+            if not wanted and request.get("mode") == "sample":
+                count = len(request.get("images") or [])
+                raise RequestError(
+                    f"This run forgot {count} single image(s) (sample mode) and kept their classes, so there is no forgotten "
+                    "class to audit; its evidence is the membership attack, in metrics.json of the run under sample.",
+                    "Read metrics.json there; to look at whole classes all the same, name them: --classes A,B.",
+                    "sample_run",
+                )
             if not wanted:
                 raise RequestError(
                     "Nothing was forgotten from this model, as far as it says.",

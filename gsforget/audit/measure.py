@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +108,17 @@ class Sets:
         }
         self._known: dict[tuple[str, int], tuple[Load, ImageSet]] = {}
         self._count = len(case.names)
+        self.dropped: list[Path] = []
+        if case.ask.skip_corrupt:
+            for name in self._splits:
+                self._drop_corrupt(name, case.side.load)
+
+    def _drop_corrupt(self, split: str, load: Load) -> None:
+        """Leave out what cannot be read, for all models alike."""
+        made = ImageSet(self._splits[split], load, skip_corrupt=True)
+        self.dropped += made.check()
+        self._splits[split] = Split(made.paths, made.labels.numpy())
+        self._known[split, id(load)] = load, made
 
     def images(self, split: str, load: Load) -> ImageSet:
         """The images of ``train`` or ``test``; kept per way of reading them.
@@ -118,7 +130,7 @@ class Sets:
             try:
                 made.check()
             except RequestError as error:
-                error.hint = "Replace or remove the file."
+                error.hint = "Replace or remove the file, or add --skip-corrupt."
                 raise
             self._known[split, id(load)] = load, made
         return self._known[split, id(load)][1]
@@ -136,6 +148,8 @@ def measure(case: Case, say: Say) -> Evidence:
     """
     sets, count = Sets(case), len(case.names)
     notes: list[str] = []
+    if sets.dropped:
+        notes.append(f"{len(sets.dropped)} image(s) that cannot be read, such as {sets.dropped[0]}")
 
     def answers(side: Side, title: str, test_classes: Sequence[int] | None = None) -> Measured:
         say(f"asking {title}")

@@ -47,7 +47,7 @@ def accuracy_checks(e: Evidence, limits: Limits) -> list[Check]:
     erasures = max(1, case.sequence - e.original.side.sequence)
     drop = drop_gate("retain_drop", before[kept], after[kept], limits.max_retain_drop * erasures)
     since = f" over {erasures} erasures" if erasures > 1 else ""
-    made.append(checks.of_gate(drop, "points", f"Accuracy on retained classes fell by {drop.value:.1f} points{since}."))
+    made.append(checks.of_gate(drop, "points", f"Accuracy on retained classes {_fell(drop.value)}{since}."))
     worst = max(
         (
             drop_gate("class_drop", before[test.labels == k], after[test.labels == k], limits.max_class_drop, k)
@@ -57,8 +57,15 @@ def accuracy_checks(e: Evidence, limits: Limits) -> list[Check]:
         key=lambda gate: (gate.bound, gate.value),
     )
     named = case.names[worst.class_index or 0]
-    says = f"The retained class that lost most, {named}, fell by {worst.value:.1f} points."
+    says = f"Of the retained classes, {named} did worst: it {_fell(worst.value)}."
     return [*made, checks.of_gate(worst, "points", says)]
+
+
+def _fell(points: float) -> str:
+    """A drop of accuracy in words; what rounds to nothing stayed as it was."""
+    if abs(points) < 0.05:
+        return "stayed as it was"
+    return f"{'fell' if points > 0 else 'rose'} by {abs(points):.1f} points"
 
 
 def _accuracy(e: Evidence, name: str, what: str, classes: Sequence[int], train: bool, limits: Limits) -> Check:

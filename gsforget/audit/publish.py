@@ -74,7 +74,7 @@ def _check(case: Case, folder: Path) -> None:
 
 
 def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -> None:
-    """Write the page, then the document beside it; each file is whole or not there.
+    """Write the page, then the document beside it; each file is whole or not there, and neither names erased classes.
 
     The document's ``artifacts`` say where they are.
     """
@@ -87,7 +87,7 @@ def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -
     document["artifacts"] = {"audit": str(places.audit), "report": str(places.report)}
     history = read_history(e.case.run) if e.case.run else []
     write_report(places.report, plain(document), history, examples(e) if images else None)
-    write_file(places.audit, json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(places.audit, json.dumps(shown(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def examples(e: Evidence) -> list[Any]:
@@ -117,6 +117,13 @@ def examples(e: Evidence) -> list[Any]:
                 )
             )
     return shown
+
+
+def shown(document: dict[str, Any]) -> dict[str, Any]:
+    """The document as it may leave the workstation: erased classes are called forgotten-N."""
+    from gsforget.report.privacy import mask_names
+
+    return mask_names(plain(document))
 
 
 def plain(value: Any) -> Any:

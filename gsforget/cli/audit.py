@@ -52,6 +52,7 @@ def audit(
     seed: Annotated[int, Opt(min=0, help="Of the images and shots that are chosen.")] = 0,
     max_probe_excess: Annotated[float, Opt(help="Threshold of the probe excess, 0 to 1.")] = 0.25,
     out: Annotated[Path | None, Opt(help="Folder or .json file; default: audit/ of the run.")] = None,
+    skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -79,9 +80,10 @@ def audit(
         max_probe_excess=max_probe_excess,
         out=out,
         trust_code=trust_code,
+        skip_corrupt=skip_corrupt,
+        show=show,
         progress=lambda text: say(f"{text} …", "dim"),
     )
-    show(document)
     if json:
         emit_json(document)
     typed = ["gsforget", "audit", *([str(model)] if model else []), "--data", str(data)]
@@ -111,6 +113,10 @@ def show(document: dict[str, Any]) -> None:
         f"{SAID[document['verdict']]} ({document['seconds']:.1f} s)",
         "bold red" if document["verdict"] == "fail" else "bold",
     )
+    gone = [c for c in document["classes"] if c["role"] != "retain" and c["name"] != f"forgotten-{c['index']}"]
+    if gone:
+        named = ", ".join(f"forgotten-{c['index']} is {c['name']}" for c in gone)
+        say(f"Names that only this terminal shows, no file: {named}.")
     for note in document["not_tested"]:
         say(f"Not tested: {note}.")
     if document["artifacts"]:

@@ -42,21 +42,36 @@ def _last(path: str) -> str:
 def clean(audit: dict[str, Any], history: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Copies in which no erased class has its name, and no path says where on the machine something lies."""
     audit, history = copy.deepcopy(audit), copy.deepcopy(history)
-    erased: dict[str, str] = {}
-    for entry in audit.get("classes") or []:
-        if entry.get("role") in ("forget", "old"):
-            alias = f"forgotten-{entry.get('index')}"
-            erased[str(entry.get("name"))] = alias
-            entry["name"] = alias
+    erased = _rename(audit)
     for key in PATHS:
         if audit.get(key):
             audit[key] = shorten_path(str(audit[key]))
     data = audit.get("data")
     if isinstance(data, dict) and data.get("root"):
         data["root"] = shorten_path(str(data["root"]))
-    mask = _masker({name: alias for name, alias in erased.items() if name and name != alias})
+    mask = _masker(erased)
     audit = {k: v if k in (*PATHS, "data") else _walk(v, k, mask, erased) for k, v in audit.items()}
     return audit, [_walk(request, "", mask, erased) for request in history]
+
+
+def mask_names(audit: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an audit in which no erased class has its name; paths stay as they are."""
+    audit = copy.deepcopy(audit)
+    erased = _rename(audit)
+    mask = _masker(erased)
+    kept = (*PATHS, "data", "artifacts")
+    return {k: v if k in kept else _walk(v, k, mask, erased, short=False) for k, v in audit.items()}
+
+
+def _rename(audit: dict[str, Any]) -> dict[str, str]:
+    """Name the erased classes of an audit anew, in place; returns the new names by the old ones."""
+    erased: dict[str, str] = {}
+    for entry in audit.get("classes") or []:
+        if entry.get("role") in ("forget", "old"):
+            alias = f"forgotten-{entry.get('index')}"
+            erased[str(entry.get("name"))] = alias
+            entry["name"] = alias
+    return erased
 
 
 def mask_name(audit: dict[str, Any], name: str | None) -> str | None:
@@ -68,6 +83,7 @@ def mask_name(audit: dict[str, Any], name: str | None) -> str | None:
 
 
 def _masker(erased: dict[str, str]) -> Callable[[str], str]:
+    erased = {name: alias for name, alias in erased.items() if name and name != alias}
     if not erased:
         return lambda text: text
     longest = sorted(erased, key=len, reverse=True)
@@ -75,13 +91,14 @@ def _masker(erased: dict[str, str]) -> Callable[[str], str]:
     return lambda text: pattern.sub(lambda match: erased[match[0]], text)
 
 
-def _walk(value: Any, key: str, mask: Callable[[str], str], erased: dict[str, str]) -> Any:
+def _walk(value: Any, key: str, mask: Callable[[str], str], erased: dict[str, str], short: bool = True) -> Any:
     if isinstance(value, dict):
-        return {k: _walk(v, str(k), mask, erased) for k, v in value.items()}
+        return {k: _walk(v, str(k), mask, erased, short) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_walk(v, key, mask, erased) for v in value]
+        return [_walk(v, key, mask, erased, short) for v in value]
     if not isinstance(value, str):
         return value
     if key in NAMES or key == "classes":
         return erased.get(value, value)
-    return shorten(mask(value) if key in PROSE else value)
+    masked = mask(value) if key in PROSE else value
+    return shorten(masked) if short else masked

@@ -157,3 +157,13 @@ def test_which_start_is_shown():
     assert Starts(never, late).faster(99) is late
     assert Starts(early, late).faster(50) is early  # no step at all
     assert Starts(late, never).best == 95
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [(0.5, "fell by 0.5 points"), (-0.5, "rose by 0.5 points"), (0.04, "stayed as it was"), (-0.0, "stayed as it was")],
+)
+def test_a_rise_is_no_negative_fall(points, words):
+    from gsforget.audit.outputs import _fell
+
+    assert _fell(points) == words
