@@ -263,7 +263,8 @@ def audit_model(
 
     Returns:
         The document of `audit.json`, in which erased classes are called forgotten-N: ``verdict`` ``pass``, ``fail`` or
-        ``inconclusive``, ``checks``, ``details``, ``not_tested``, ``artifacts`` (the files written), and what the README's JSON section lists.
+        ``inconclusive``, ``checks``, ``details``, ``not_tested``, ``artifacts`` (the files written), and what the README's
+        JSON section lists.
 
     Raises:
         RequestError, SafetyError: see `gsforget.errors`.

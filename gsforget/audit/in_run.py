@@ -18,7 +18,7 @@ from gsforget.audit import outputs
 from gsforget.audit.case import PREPROCESSING, Ask, Case, Load, Side, open_reference
 from gsforget.audit.images import PER_CLASS, AuditImages, list_never_seen
 from gsforget.audit.measure import Evidence, Measured, Sets, check_reference, uneven
-from gsforget.audit.probes import NO_ROOM, Verdict, excess_verdict, probe_excess
+from gsforget.audit.probes import NO_ROOM, SMALL_EXCESS, SMALL_ROOM, Verdict, excess_verdict, probe_excess
 from gsforget.audit.subjects import Answers, TorchSubject, ask
 from gsforget.data import ImageSet, Split, few_shot
 from gsforget.errors import RequestError
@@ -85,10 +85,16 @@ class Probed:
         return self.after.linear_probe, never, self.original.linear_probe
 
     def gates(self) -> list[Gate]:
-        """``probe_excess``, where it was asked for and there is a figure; breached where `excess_verdict` says fail."""
-        if self.limit is None or self.excess is None:
+        """``probe_excess``, where it was asked for and there is a figure; breached where `excess_verdict` says fail.
+
+        Its threshold is what that verdict allows, which with little room is not the limit.
+        """
+        known = self._three()
+        if self.limit is None or self.excess is None or known is None:
             return []
-        return [Gate("probe_excess", self.excess, self.excess, self.limit, self.verdict != "fail")]
+        room = known[2] - known[1]
+        allowed = SMALL_EXCESS / room if NO_ROOM <= room < SMALL_ROOM else self.limit
+        return [Gate("probe_excess", self.excess, self.excess, allowed, self.verdict != "fail")]
 
     def document(self) -> dict[str, float | None]:
         """``audit`` of the document of `forget`."""

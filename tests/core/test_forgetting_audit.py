@@ -62,6 +62,13 @@ def test_the_gate_is_the_audit_s_verdict(figures, excess, passed):
     assert any("inconclusive" in note for note in found.not_tested()) is (figures[1] == 63.0)
 
 
+def test_with_little_room_the_gate_says_what_is_allowed():
+    for after, passed in ((61.9, True), (62.1, False)):
+        (gate,) = probed(after, 66.0, 60.0, 0.5).gates()  # 6 points of room: 2 above never seen
+        assert gate.passed is passed is (gate.value <= gate.threshold)
+        assert gate.threshold == pytest.approx(2 / 6)
+
+
 def test_without_a_gate_or_a_reference_nothing_is_judged():
     assert probed(75.0, 90.0, 60.0, None).gates() == []
     assert probed(75.0, 90.0, None).gates() == []
