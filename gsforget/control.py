@@ -26,7 +26,9 @@ HOLD = 1.1  # times the strength at which a group just stays zero, which falls f
 PATIENCE = 10  # steps for which a group must be zero before it counts as dead: Adam's first moment has decayed by then
 WARMUP = 20  # steps before the first penalty, so that Adam's second moment of every factor is known
 SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
-SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 2, 60, 300  # length of one settling stage: epochs, then bounds in steps
+FORGET_SHARE = 0.5  # forgotten images per retained one in a batch, at least
+SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 4, 60, 300  # length of one settling stage: epochs, then bounds in steps
+STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES = 5  # settling stages at most
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages where there are too few images for a validation part
@@ -109,6 +111,13 @@ class Watch:
         if self.retain is None or self.retain_before is None:
             return forgotten
         return forgotten and self.retain >= self.retain_before - max(max_drop, 100 / self.retain_images)
+
+    def stuck(self, earlier: Watch, max_forget: float) -> bool:
+        """Forgotten twice, and the stage in between has won back no retained image worth speaking of."""
+        if self.retain is None or earlier.retain is None:
+            return False
+        forgotten = all(w.forget is None or w.forget <= max_forget for w in (self, earlier))
+        return forgotten and self.retain < earlier.retain + max(STUCK, 100 / self.retain_images)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -44,6 +44,9 @@ class Prototypes:
 
 
 def scale_of(features: Tensor) -> Tensor:
-    """Standard deviation per feature, [N, d] -> [d]; never so small that a distance would be infinite."""
-    deviation = features.std(0, unbiased=False)
-    return deviation.clamp_min(1e-3 * deviation.mean()).clamp_min(1e-6)
+    """Standard deviation per feature, [N, d] -> [d], at least a fifth of the features' own size.
+
+    A few images, or those of one class, hardly differ: their deviation alone would make every change infinitely far.
+    """
+    size = features.square().mean().sqrt()
+    return features.std(0, unbiased=False).clamp_min((0.2 * size).clamp_min(1e-6).item())

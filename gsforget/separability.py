@@ -6,10 +6,10 @@ labels y_i [C] (one-hot over the C forgotten classes, each standardised too), W 
     S = (1/N) sum_i ||y_i||^2 - ||y_i - W'z_i||^2
 
 is the sum over the classes of the squared multiple correlation between the features and the class: 0 where a linear
-probe finds nothing, C where it names each class without error.  S is lowered with the probe as an opponent that always plays its best answer: the
-derivative of S with respect to a feature is that of the second term at a fixed W (the envelope theorem), so no opponent
-is trained, nothing oscillates, and there is no learning rate to choose.  The features of all images are kept and
-refreshed when an image is seen; the probe is solved anew in every step.
+probe finds nothing, C where it names each class without error.  S is lowered with the probe as an opponent that always
+plays its best answer: the derivative of S with respect to a feature is that of the second term at a fixed W (the
+envelope theorem), so no opponent is trained, nothing oscillates, and there is no learning rate to choose.  The features
+of all images are kept and refreshed when an image is seen; the probe is solved anew in every step.
 
 Adversarial removal with a closed-form opponent is known for fixed representations (Ravfogel et al., ICML 2022,
 arXiv 2201.12091); here it is the training loss of the model itself.
@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from gsforget.prototypes import scale_of
 
 RIDGE = 0.01  # plus d / N, the penalty that suits a probe on N images of d features
 
@@ -48,8 +50,7 @@ class Separability:
     def probe(self) -> tuple[Tensor, Tensor, Tensor]:
         """The best probe now: mean [d], deviation [d] of the features, and W [d, C] on standardised features."""
         bank = self.bank[self.rows]
-        mean, deviation = bank.mean(0), bank.std(0, unbiased=False)
-        deviation = deviation.clamp_min(1e-3 * deviation.mean()).clamp_min(1e-6)
+        mean, deviation = bank.mean(0), scale_of(bank)
         z = (bank - mean) / deviation
         gram = z.T @ z / len(z)
         gram.diagonal().add_(self.ridge)

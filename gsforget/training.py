@@ -24,7 +24,8 @@ from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups
 from gsforget.prefix import PrefixReuse
-from gsforget.tasks.base import Losses, Seen, Task
+from gsforget.rehearsal import Rehearsal, weights_from
+from gsforget.tasks.base import Duel, Losses, Seen, Task
 
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
@@ -58,7 +59,7 @@ class Settings:
         cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
     """
 
-    rank: int = 8
+    rank: int = 16
     lr: float = 5e-3
     batch_size: int = 64
     epochs: float | None = None
@@ -118,7 +119,7 @@ class Loop:
         retained, forgotten = (len(self.pools[k]) for k in ("retain", "forget"))
         self.batch_retain = min(settings.batch_size, retained)
         share = round(self.batch_retain * forgotten / max(1, retained))
-        self.batch_forget = min(forgotten, max(self.batch_retain // 4, share, 1))
+        self.batch_forget = min(forgotten, max(round(self.batch_retain * control.FORGET_SHARE), share, 1))
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.classifier = find_classifier(model, self.probe[:2]) if task.looks_at_features else None
@@ -171,19 +172,29 @@ class Loop:
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
         limit = control.STAGES if len(self.val) else control.STAGES_UNSEEN
+        weights = weights_from(self.model, self._first_layer(), self.probe[:2]) if self.objective.duel else []
+        self.rehearsal = Rehearsal(weights, s.seed)
         for stage in range(1, 2 if s.epochs is not None else limit + 1):
             for k in range(length):
-                losses = self._train_step(s.lr * (1 - k / length))
+                losses = self._train_step(s.lr * (1 - k / length), self.objective.duel)
                 self._report("settle", losses, k / length)
-            if len(self.val) and self._watch().satisfied(s.max_forget_acc, s.max_retain_drop):
+            if not len(self.val):
+                continue
+            watch, earlier = self._watch(), self.trained.watches[-2:-1]
+            if watch.satisfied(s.max_forget_acc, s.max_retain_drop):
+                break
+            if earlier and watch.stuck(earlier[0], s.max_forget_acc):
                 break
         return stage
 
-    def _train_step(self, lr: float) -> Losses:
+    def _train_step(self, lr: float, duel: Duel | None = None) -> Losses:
         warm = self.step < control.WARMUP
-        losses = self._losses(self._draw_batch())
+        rows = self._draw_batch()
+        losses = self._losses(rows)
         self.groups.grad.zero_()
         losses.total.backward()
+        if duel is not None:
+            self._rehearse(duel, rows[self.forget[rows]])
         self.step += 1
         g = self.groups
         result = proximal_adam_step(
@@ -205,6 +216,11 @@ class Loop:
             self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
         return losses
 
+    def _rehearse(self, duel: Duel, rows: Tensor) -> None:
+        """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
+        here = rows.to(self.device)
+        self.rehearsal.run(lambda: duel.attack(self._see(rows), here), lambda: duel.defence(self._see(rows), here))
+
     def _remove(self, dead: list[int]) -> None:
         """Take dead groups out of training.  Both factors are zero, so their gradients vanish: they stay dead anyway."""
         if not dead:
@@ -223,15 +239,19 @@ class Loop:
     def _alive(self) -> list[int]:
         return self.groups.active_indices()
 
+    def _first_layer(self) -> str:
+        """Name of the first linear layer that still trains."""
+        alive = self._alive()
+        return next(pair.name for pair in self.groups.pairs if pair.group == alive[0])
+
     def _plan_reuse(self) -> None:
         alive = self._alive()
         if not (self.settings.reuse_prefix and alive):
             return
-        first = next(pair.name for pair in self.groups.pairs if pair.group == alive[0])
         count = len(self.labels)
         budget = self.settings.cache_bytes
         budget = _free_memory(self.device) / 4 if budget is None else budget
-        self.reuse = PrefixReuse.plan(self.model, first, self.probe, count, budget)
+        self.reuse = PrefixReuse.plan(self.model, self._first_layer(), self.probe, count, budget)
         if self.reuse:
             self.reuse.fill(count, self._images, EVAL_BATCH)
 

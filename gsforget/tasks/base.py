@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,11 +27,29 @@ class Losses:
     forget: Tensor
 
 
+@dataclass(frozen=True)
+class Duel:
+    """Two losses over forgotten images `rows`, int64 [B], each a scalar.
+
+    Attributes:
+        attack: what somebody would minimise to bring them back.
+        defence: what is minimised against it, at the attacked weights.
+    """
+
+    attack: Callable[[Seen, Tensor], Tensor]
+    defence: Callable[[Seen, Tensor], Tensor]
+
+
 class Objective(Protocol):
     """The losses of one request, fixed by what the model before the request makes of all images."""
 
     def losses(self, seen: Seen, rows: Tensor) -> Losses:
         """Losses of a batch: what the model in training makes of the images `rows`, int64 [B] on its device."""
+        ...
+
+    @property
+    def duel(self) -> Duel | None:
+        """What is rehearsed while groups settle, see `rehearsal`; None where nothing is."""
         ...
 
 

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 
 from gsforget.prototypes import Prototypes
 from gsforget.separability import Separability
-from gsforget.tasks.base import Losses, Seen
+from gsforget.tasks.base import Duel, Losses, Seen
 
 ASCENT_WEIGHT = 0.2
 PUSH_WEIGHT, PUSH_BOUND = 0.3, 2.0  # the bound is a distance as in `prototypes`: 2 is that of two unrelated images
 PULL_WEIGHT = 0.3
-SEPARABILITY_WEIGHT = 0.1
+SEPARABILITY_WEIGHT = 0.2
 
 
 def default_bound(num_classes: int) -> float:
@@ -111,12 +111,28 @@ class ClassificationObjective:
     bound: float
     features: FeatureObjective | None = None
 
+    @property
+    def duel(self) -> Duel | None:
+        """Of GS-LoRA++: true labels against targets."""
+        return Duel(self._attack, self._defence) if self.features is not None else None
+
+    def _attack(self, seen: Seen, rows: Tensor) -> Tensor:
+        return cross_entropy(seen.outputs.float(), self.labels[rows])
+
+    def _defence(self, seen: Seen, rows: Tensor) -> Tensor:
+        return self._forgotten(seen.outputs.float(), rows)
+
+    def _forgotten(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Distance to the targets and bounded ascent, mean over the forgotten images `rows`."""
+        distance = cross_entropy(outputs, self.targets[rows], reduction="none")
+        ascent = (self.bound - cross_entropy(outputs, self.labels[rows], reduction="none")).relu()
+        return _mean(distance) + ASCENT_WEIGHT * _mean(ascent)
+
     def losses(self, seen: Seen, rows: Tensor) -> Losses:
         """Each a mean over its images."""
         labels, forget, outputs = self.labels[rows], self.forget[rows], seen.outputs.float()
-        distance = -(self.targets[rows] * log_softmax(outputs, 1)).sum(1)
-        ascent = (self.bound - cross_entropy(outputs[forget], labels[forget], reduction="none")).relu()
-        retain, forgotten = _mean(distance[~forget]), _mean(distance[forget]) + ASCENT_WEIGHT * _mean(ascent)
+        retain = _mean(cross_entropy(outputs[~forget], self.targets[rows[~forget]], reduction="none"))
+        forgotten = self._forgotten(outputs[forget], rows[forget])
         if self.features is not None:
             pull, push = self.features.losses(seen.features.float(), rows, labels, forget)
             retain, forgotten = retain + pull, forgotten + push

@@ -66,6 +66,7 @@ class SingleImagesObjective:
 
     targets: Tensor
     forget: Tensor
+    duel: None = None
 
     def losses(self, seen: Seen, rows: Tensor) -> Losses:
         forget = self.forget[rows]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsforget.tasks.base import Seen
 from gsforget.separability import Separability
+from gsforget.tasks.base import Seen
 from gsforget.tasks.classify import (
     ASCENT_WEIGHT,
     PULL_WEIGHT,

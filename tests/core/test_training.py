@@ -206,7 +206,7 @@ def test_nan_is_one_sentence(three_blocks):
 
 def test_draws_go_through_each_pool_once_per_pass(three_blocks):
     run = loop(three_blocks)
-    assert (run.batch_retain, run.batch_forget) == (32, 11)
+    assert (run.batch_retain, run.batch_forget) == (32, 16)
     seen = torch.cat([run._draw("retain", 32) for _ in range(3)])
     assert sorted(seen.tolist()) == run.pools["retain"].tolist()
     assert set(run._draw("forget", 32).tolist()) == set(run.pools["forget"].tolist())
@@ -272,7 +272,7 @@ def test_a_group_is_dead_after_its_patience():
 
 def test_small_rules():
     assert [default_target(n) for n in (1, 3, 4, 12, 24)] == [1, 1, 2, 4, 8]
-    assert [settle_steps(n) for n in (1, 30, 100, 10**6)] == [60, 60, 200, 300]
+    assert [settle_steps(n) for n in (1, 30, 100, 10**6)] == [60, 120, 300, 300]
     watch = Watch(1, 0.0, 97.0, 98.0, 50, [0])
     assert watch.satisfied(1, 0.5)  # one image of 50 is two points
     assert not Watch(1, 0.0, 95.0, 98.0, 50, [0]).satisfied(1, 0.5)
