@@ -8,7 +8,7 @@ on the demo and a 100-class set, and serve every request.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +96,11 @@ class StrengthControl:
 
 @dataclass(frozen=True)
 class Watch:
-    """Validation accuracies in percent at one moment; None where there are no such images."""
+    """Validation accuracies in percent at one moment; None where there are no such images.
+
+    Attributes:
+        old: of the classes that earlier requests forgot; returned: those of them that the model names again.
+    """
 
     step: int
     forget: float | None
@@ -104,10 +108,12 @@ class Watch:
     retain_before: float | None
     retain_images: int
     active: list[int]
+    old: float | None = None
+    returned: list[int] = field(default_factory=list)
 
     def satisfied(self, max_forget: float, max_drop: float) -> bool:
-        """Forgotten, and retained accuracy down by no more than `max_drop` points or one image, whichever is more."""
-        forgotten = self.forget is None or self.forget <= max_forget
+        """Forgotten, nothing returned, and retained accuracy down by no more than `max_drop` points or one image, whichever is more."""
+        forgotten = self._forgotten(max_forget)
         if self.retain is None or self.retain_before is None:
             return forgotten
         return forgotten and self.retain >= self.retain_before - max(max_drop, 100 / self.retain_images)
@@ -116,8 +122,11 @@ class Watch:
         """Forgotten twice, and the stage in between has won back no retained image worth speaking of."""
         if self.retain is None or earlier.retain is None:
             return False
-        forgotten = all(w.forget is None or w.forget <= max_forget for w in (self, earlier))
+        forgotten = all(w._forgotten(max_forget) for w in (self, earlier))
         return forgotten and self.retain < earlier.retain + max(STUCK, 100 / self.retain_images)
+
+    def _forgotten(self, max_forget: float) -> bool:
+        return not self.returned and (self.forget is None or self.forget <= max_forget)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

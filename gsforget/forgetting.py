@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget import control, ledger, records
+from gsforget.audit.images import PER_CLASS
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
 from gsforget.gates import Gate, evaluate_gates, retention_gates
@@ -151,7 +152,9 @@ class _Session:
         listed = np.zeros(0, np.int64) if self.target.rows is None else self.target.rows
         others = np.setdiff1d(self._usable(), listed)
         drawn = others[few_shot(split.labels[others], shots, request.settings.seed)]
-        images = ImageSet(split.select(np.union1d(drawn, listed)), load, request.skip_corrupt)
+        again = self._erased_rows(min(shots, PER_CLASS))
+        chosen = np.union1d(np.union1d(drawn, listed), again)
+        images = ImageSet(split.select(chosen), load, request.skip_corrupt)
         images.check()
         paths = {split.paths[i] for i in listed}
         self.single = np.array([path in paths for path in images.paths], dtype=bool)
@@ -182,6 +185,14 @@ class _Session:
             again = np.fromiter((digest in gone for digest in self.data.train_sha256), bool, len(labels))
             keep &= ~again | of_classes(labels, self.wanted)
         return np.flatnonzero(keep)
+
+    def _erased_rows(self, shots: int) -> NDArray[np.int64]:
+        """Training images of classes that earlier requests forgot, to see whether they come back; none for single images."""
+        from gsforget.data import few_shot
+
+        rows = np.flatnonzero(of_classes(self.data.train.labels, self.erased if self.target.rows is None else []))
+        labels = self.data.train.labels[rows]
+        return rows[few_shot(labels, shots, self.request.settings.seed)] if len(rows) else rows
 
     def measure_before(self) -> None:
         import torch
@@ -229,7 +240,6 @@ class _Session:
 
     def _attackers_images(self) -> ImageSet:
         """Training images for an attacker, who has more than the few that --shots leaves to learn from."""
-        from gsforget.audit.images import PER_CLASS
         from gsforget.data import ImageSet, few_shot
 
         there, mine = self.data.train.labels[self._usable()], self.images.labels.numpy()
@@ -264,7 +274,8 @@ class _Session:
                 kept = len(train) - len(single)
                 per_epoch = -(-kept // min(settings.batch_size, kept))
                 settings = replace(settings, epochs=SETTLE_STEPS / per_epoch)
-        loop = Loop(self.model, task, self.images, train, val, forget, settings, report)
+        old = torch.from_numpy(of_classes(self.images.labels, self.erased))
+        loop = Loop(self.model, task, self.images, train, val, forget, settings, report, old)
         try:
             return loop.run()
         except BaseException:  # the module may be the caller's: take the hooks off, also after Ctrl-C
@@ -317,7 +328,7 @@ class _Session:
             base_sha256=self.base_sha256,
             data_root=self.data.root,
             manifests=self.manifests,
-            warnings=self.warnings + (sample.warnings() if sample else []),
+            warnings=self.warnings + self._came_back(trained) + (sample.warnings() if sample else []),
             dropped_images=[str(p) for p in self.test.dropped + self.aside.dropped + self.images.dropped],
         )
         outside = sorted(set(evidence.changed) - delta.keys())
@@ -326,6 +337,12 @@ class _Session:
                 f"Tensors outside the active groups changed: {', '.join(outside)}.", "Please report this."
             )
         return evidence
+
+    def _came_back(self, trained: Trained) -> list[str]:
+        again = [self.source.names[k] for k in trained.chosen["forgotten_again"]]
+        if not again:
+            return []
+        return [f"Named again on validation images, and so forgotten again in this run: {', '.join(again)}."]
 
     def _gates(self, said_after: NDArray[np.int64], sample: SampleResult | None) -> list[Gate]:
         right = self.said_before == self.labels, said_after == self.labels

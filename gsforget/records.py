@@ -126,6 +126,7 @@ def document(e: Evidence, seconds: float) -> dict[str, Any]:
         "sequence": e.config.sequence,
         "classes": [e.source.names[i] for i in e.forget],
         **({"mode": "sample", "sample": e.sample.to_json()} if e.sample else {}),
+        "forgotten_again": [e.source.names[k] for k in e.trained.chosen["forgotten_again"]],
         "method": e.request.method,
         "seed": e.request.settings.seed,
         "device": e.device,

@@ -8,7 +8,7 @@ the first of them, in stages, until validation says that the classes are gone an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gsforget import control
 from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
 from gsforget.data import available_memory
+from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, find_classifier
 from gsforget.kernels.group_prox import proximal_adam_step
@@ -98,6 +99,7 @@ class Loop:
         forget: Tensor,
         settings: Settings,
         progress: Callable[[Event], None] | None = None,
+        old: Tensor | None = None,
     ):
         """
         Args:
@@ -105,11 +107,16 @@ class Loop:
             train, val: int64 rows of `images` to learn from and to decide by (may be empty).
             forget: bool [N], which images belong to the classes to forget.
             progress: called with one small dict per step and per validation.
+            old: bool [N], which images belong to classes that earlier requests forgot: they are learned from only where
+                validation says that the model names their class again.  None: there are none.
         """
         self.model, self.task, self.images, self.settings = model.eval().requires_grad_(False), task, images, settings
         self.progress = progress or (lambda _event: None)
         self.device = next(model.parameters()).device
-        self.forget, self.train, self.val = forget, train, val
+        old = torch.zeros_like(forget) if old is None else old
+        self.earlier = EarlierClasses.of(images.labels.cpu(), old, train, val)
+        train, val = train[~old[train]], val[~old[val]]
+        self.forget, self.train, self.val = forget | old, train, val
         self.labels = images.labels.to(self.device)
         shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
         self.glance = val[shuffled[:GLANCE_IMAGES]]
@@ -135,6 +142,7 @@ class Loop:
         here = [x.to(self.device) for x in (self.forget, self.train)]
         self.objective = self.task.objective(before, self.labels, *here)
         self.right_before = self.task.correct(before.outputs, self.labels)
+        self._forget_again(self._returned(self.right_before[self.earlier.val.to(self.device)].cpu()))
         forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
         target = self.settings.target_groups or default_target(len(self.groups))
         first = control.START * forces.median().item() if self.settings.prox is None else self.settings.prox
@@ -156,6 +164,7 @@ class Loop:
             "steps_select": selected,
             "steps": self.step,
             "stages": stages,
+            "forgotten_again": self.earlier.again,
             "reused_outputs": kept,
         }
         self.trained.seconds = time.perf_counter() - start
@@ -181,6 +190,7 @@ class Loop:
             if not len(self.val):
                 continue
             watch, earlier = self._watch(), self.trained.watches[-2:-1]
+            self._forget_again(watch.returned)
             if watch.satisfied(s.max_forget_acc, s.max_retain_drop):
                 break
             if earlier and watch.stuck(earlier[0], s.max_forget_acc):
@@ -301,18 +311,34 @@ class Loop:
 
     def _watch(self) -> Watch:
         """Validation accuracies that decide, on all validation images."""
-        watch = self._validate(self.val)
+        old = self._right(self.earlier.val)
+        watch = self._validate(self.val, _percent(old), self._returned(old))
         self.trained.watches.append(watch)
         return watch
 
-    def _validate(self, rows: Tensor) -> Watch:
-        here = rows.to(self.device)
-        right = self.task.correct(self.seen_of(rows).outputs, self.labels[here]).cpu()
-        before, forget = self.right_before[here].cpu(), self.forget[rows]
+    def _validate(self, rows: Tensor, old: float | None = None, returned: Sequence[int] = ()) -> Watch:
+        right, before, forget = self._right(rows), self.right_before[rows.to(self.device)].cpu(), self.forget[rows]
         accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
-        watch = Watch(self.step, *accuracies, int((~forget).sum()), self._alive())
+        watch = Watch(self.step, *accuracies, int((~forget).sum()), self._alive(), old, list(returned))
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
+
+    def _right(self, rows: Tensor) -> Tensor:
+        """Which images the model answers rightly now, bool [len(rows)], on the CPU."""
+        if not len(rows):
+            return torch.zeros(0, dtype=torch.bool)
+        return self.task.correct(self.seen_of(rows).outputs, self.labels[rows.to(self.device)]).cpu()
+
+    def _returned(self, right: Tensor) -> list[int]:
+        return self.earlier.returned(right, self.settings.max_forget_acc)
+
+    def _forget_again(self, returned: Sequence[int]) -> None:
+        """Learn from images of classes that came back as from those of the classes to forget."""
+        rows = self.earlier.learn_from(returned)
+        if len(rows):
+            self.pools["forget"] = torch.cat([self.pools["forget"], rows])
+            self.queues["forget"] = rows[torch.randperm(len(rows), generator=self.rng)]  # they come first
+            self.batch_forget = max(self.batch_forget, min(len(rows), self.batch_retain // 4))
 
     def _report(self, stage: str, losses: Losses, fraction: float | None) -> None:
         if self.step % GLANCE_EVERY == 0 and len(self.glance):

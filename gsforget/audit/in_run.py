@@ -141,8 +141,8 @@ class Prober:
     """Measures the attacks on one model as it is before and as it is after its erasure.
 
     Args:
-        source, data, request: of the erasure; forget, retained: class indices, old: of earlier requests.
-        train, test: images that are decoded already; train holds no class of ``old``.
+        source, data, request: of the erasure; forget, retained: class indices.
+        train, test: images that are decoded already.
         load: reads an image file for the model.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +61,10 @@ def forget(
     task: Annotated[str, Opt(help="classify.")] = "classify",
     method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
-    rank: Annotated[int, Opt(min=1, help="Rank of the LoRA pairs.")] = 8,
+    rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
     epochs: Annotated[float | None, Opt(help="Epochs after selection; default: by validation.")] = None,
-    lr: Annotated[float, Opt(help="Step size of Adam.")] = 5e-3,
-    batch_size: Annotated[int, Opt(min=1, help="Retained images per step.")] = 64,
+    lr: Annotated[float | None, Opt(help="Step size of Adam; default: 0.005.")] = None,
+    batch_size: Annotated[int | None, Opt(min=1, help="Retained images per step; default: 64.")] = None,
     bnd: Annotated[float | None, Opt(help="Bound of the ascent in nats; default: ln(classes) + 1.")] = None,
     prox: Annotated[float | None, Opt(help="Strength of the group penalty; default: from the data.")] = None,
     target_groups: Annotated[int | None, Opt(min=1, help="Blocks that may change; default: a third.")] = None,
@@ -95,6 +96,15 @@ def forget(
         raise RequestError(f"There is no task {task!r}.", "Type --task classify.", "unknown_task")
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
+    numbers: dict[str, Any] = {
+        "rank": rank,
+        "lr": lr,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "prox": prox,
+        "target_groups": target_groups,
+        "bnd": bnd,
+    }
     options: dict[str, Any] = {
         "checkpoint": checkpoint,
         "model_kwargs": parse_kwargs(model_kwargs),
@@ -106,8 +116,9 @@ def forget(
             "crop_pct": crop_pct,
             "interpolation": interpolation,
         },
-        "settings": Settings(
-            rank, lr, batch_size, epochs, prox, target_groups, bnd, seed, max_forget_acc, max_retain_drop / 2
+        "settings": replace(
+            Settings(seed=seed, max_forget_acc=max_forget_acc, max_retain_drop=max_retain_drop / 2),
+            **{name: value for name, value in numbers.items() if value is not None},
         ),
         "thresholds": Thresholds(max_forget_acc, max_retain_drop, max_class_drop, max_probe_excess),
         "shots": shots,

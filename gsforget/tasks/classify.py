@@ -76,11 +76,12 @@ class Classification:
 
 @dataclass(frozen=True)
 class FeatureObjective:
-    """The part of GS-LoRA++ that looks at features."""
+    """The part of GS-LoRA++ that looks at features; wanted: bool [N], images of the classes to forget now."""
 
     prototypes: Prototypes
     before: Tensor
     separability: Separability
+    wanted: Tensor
 
     @classmethod
     def of(cls, task: Classification, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> FeatureObjective:
@@ -89,16 +90,19 @@ class FeatureObjective:
             Prototypes.of(features[train], labels[train], ~forget[train], task.num_classes, task.weights_sha256),
             features,
             Separability(features, labels, train, list(task.forget)),
+            torch.isin(labels, torch.tensor(task.forget, device=labels.device)),
         ]
         return cls(*held)
 
     def losses(self, features: Tensor, rows: Tensor, labels: Tensor, forget: Tensor) -> tuple[Tensor, Tensor]:
         """Pull of retained images, and push and separability of forgotten ones: two scalars."""
+        # Of classes forgotten earlier that came back there are no prototypes: their answers are unlearned again, no more.
+        now = forget & self.wanted[rows]
         kept = ((features[~forget] - self.before[rows[~forget]]) / self.prototypes.scale) ** 2
-        away = self.prototypes.distances(features[forget], labels[forget])
+        away = self.prototypes.distances(features[now], labels[now])
         pull = PULL_WEIGHT * (kept.mean() if len(kept) else kept.sum())
         push = PUSH_WEIGHT * _mean((PUSH_BOUND - away).relu())
-        return pull, push + SEPARABILITY_WEIGHT * self.separability.loss(features, rows, forget)
+        return pull, push + SEPARABILITY_WEIGHT * self.separability.loss(features, rows, now)
 
 
 @dataclass(frozen=True)

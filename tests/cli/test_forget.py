@@ -9,6 +9,7 @@ import pytest
 FIELDS = {
     "sequence": int,
     "classes": [str],
+    "forgotten_again": [str],
     "method": str,
     "seed": int,
     "device": str,

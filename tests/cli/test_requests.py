@@ -191,3 +191,18 @@ def test_classes_and_single_images_in_one_file(world, cli, tmp_path):
     assert "mode" not in second
     record = json.loads((tmp_path / "runs/forget-0002/request.json").read_text())
     assert len(record["erased_images"]) == 2
+
+
+def test_a_class_that_came_back_is_forgotten_again_with_the_next_request(world, cli, tmp_path):
+    """The first run is made to change next to nothing, and all gates are open: its class is still named."""
+    idle = ("--lr", "1e-9", "--epochs", "1", "--target-groups", "4", *GATES)
+    first = cli(tmp_path, "forget", "--model", world.model, "--data", world.data, "--classes", "bee", *idle)
+    assert first.status == 0, first.err
+    assert first.document["metrics"]["forget_acc_after"] > 90
+    assert first.document["forgotten_again"] == []
+    second = cli(tmp_path, "forget", "--model", "runs/forget-0001", "--data", world.data, "--classes", "cat")
+    assert second.status == 0, second.err
+    assert second.document["forgotten_again"] == ["bee"]
+    assert second.document["metrics"]["old_acc_after"] <= 1
+    assert second.document["metrics"]["forget_acc_after"] <= 1
+    assert any("forgotten again" in w and "bee" in w for w in second.document["warnings"])

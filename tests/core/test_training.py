@@ -176,6 +176,39 @@ def test_one_block_and_as_many_groups_as_there_are(one_block, three_blocks):
     assert loop(three_blocks, target_groups=3).run().groups.active_indices() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("method", ["gs-lora", "gs-lora++"])
+def test_a_class_forgotten_earlier_that_is_named_again_is_forgotten_again(three_blocks, method):
+    cat = 2
+    images, rows = Pixels.draw(160, 1), torch.arange(160)
+    task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES), method)
+    gone, old = images.labels == BEE, images.labels == cat
+    settings = Settings(rank=4, batch_size=32)
+    run = Loop(copy.deepcopy(three_blocks), task, images, rows[:128], rows[128:], gone, settings, None, old)
+    chosen = run.run().chosen
+    assert chosen["forgotten_again"] == [cat]
+    watch = run.trained.watches[-1]
+    assert (watch.old, watch.returned) == (0, [])
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert after[BEE] <= 1
+    assert after[cat] <= 1
+    assert min(after[0], after[3]) >= 95
+
+
+def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(three_blocks):
+    """The model is made to name nothing `cat`; its images then change nothing but the report."""
+    cat, quiet = 2, copy.deepcopy(three_blocks)
+    with torch.no_grad():
+        quiet.head.bias[cat] = -100
+    images, rows = Pixels.draw(160, 1), torch.arange(160)
+    task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES))
+    gone, old = images.labels == BEE, images.labels == cat
+    settings = Settings(rank=4, batch_size=32)
+    run = Loop(quiet, task, images, rows[:128], rows[128:], gone, settings, None, old)
+    assert run.run().chosen["forgotten_again"] == []
+    used = torch.cat([*run.pools.values()])
+    assert not old[used].any()
+
+
 def test_epochs_fix_the_length(three_blocks):
     chosen = loop(three_blocks, epochs=2, target_groups=3).run().chosen
     assert chosen["steps"] == 2 * -(-96 // 32)
@@ -279,3 +312,8 @@ def test_small_rules():
     assert not Watch(1, 2.0, 98.0, 98.0, 50, [0]).satisfied(1, 0.5)
     assert Watch(1, 0.0, None, None, 0, [0]).satisfied(1, 0.5)
     assert Watch(1, None, 98.0, 98.0, 50, [0]).satisfied(1, 0.5)
+    assert not Watch(1, 0.0, 98.0, 98.0, 50, [0], 20.0, [3]).satisfied(1, 0.5)
+    back = Watch(2, 0.0, 98.0, 98.0, 50, [0], 20.0, [3])
+    assert watch.stuck(watch, 1)
+    assert not back.stuck(watch, 1)
+    assert not watch.stuck(back, 1)
