@@ -112,7 +112,7 @@ class Watch:
     returned: list[int] = field(default_factory=list)
 
     def satisfied(self, max_forget: float, max_drop: float) -> bool:
-        """Forgotten, nothing returned, and retained accuracy down by no more than `max_drop` points or one image, whichever is more."""
+        """Forgotten, nothing returned, and retained accuracy down by at most `max_drop` points or one image."""
         forgotten = self._forgotten(max_forget)
         if self.retain is None or self.retain_before is None:
             return forgotten
