@@ -54,7 +54,8 @@ def ancestors(run: Path) -> list[Ancestor]:
     """The models behind a run, newest first; the walk ends at the original model or at the first one that is not found.
 
     A folder counts only if its weights have the hash that the next run noted, or, where they were purged, if its ledger
-    ends with that hash.  Runs that were moved together are found beside each other.
+    ends with that hash.  A run beside this one comes before one at the place that was noted: of a copied or moved chain
+    the copy is meant, and a purge of it must not reach into the place that it was copied from.
     """
     found: list[Ancestor] = []
     folder: Path | None = run
@@ -76,7 +77,7 @@ def _ancestor(folder: Path, request: dict[str, Any], sequence: int) -> Ancestor:
     if not request.get("parent"):
         return Ancestor(sequence, None, digest, False, False)
     named = Path(request["parent"])
-    for place in (named, folder.parent / named.name):
+    for place in (folder.parent / named.name, named):
         if place.resolve() == folder.resolve():
             continue
         if (place / WEIGHTS).is_file():

@@ -17,7 +17,7 @@ from typing import Any
 from gsforget import __version__, ledger
 from gsforget.errors import GsforgetError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, read_config, sha256, write_file
-from gsforget.lineage import Ancestor, ancestors
+from gsforget.lineage import Ancestor, ancestors, read_request
 from gsforget.purged import PURGED, Removed, read_purged
 
 DELTA = "delta.safetensors"
@@ -35,6 +35,9 @@ SENSITIVE = (
     ("optimizer", "state of the optimiser"),
     ("optimiser", "state of the optimiser"),
     ("checkpoint", "an intermediate model"),
+)
+SHOWS_IMAGES = (
+    "a report that shows test images of the data; remove it yourself, or audit again without --with-images, which replaces it"
 )
 ALWAYS = (
     "artifacts that were exported to other folders, and engines, patches and models that are already on devices",
@@ -195,7 +198,7 @@ def _judge(run: Path, path: Path, model: str, before: set[str], keep_weights: bo
     if path.suffix.lower() in DATA and not path.is_symlink() and sha256(path) in before:
         return "weights from before an erasure", ""
     if len(parts) == 2 and parts[0] == "audit" and path.suffix.lower() in RECORDS:
-        return None, ""
+        return None, SHOWS_IMAGES if _shows_images(path) else ""
     return None, "gsforget did not write it; look at it yourself"
 
 
@@ -215,6 +218,11 @@ def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool
     if source in before:
         return "an artifact from before an erasure", ""
     return None, "no sidecar says which model it was built from; look at it yourself"
+
+
+def _shows_images(path: Path) -> bool:
+    """Whether a record is a report that was written with --with-images."""
+    return path.suffix.lower() == ".html" and b"data:image/" in path.read_bytes()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -257,6 +265,9 @@ def _out_of_reach(run: Path, behind: Sequence[Ancestor], chain: bool) -> Iterato
             )
             yield f"the earlier run {ancestor.path}: {state}; --chain purges it as well"
     own = {run.resolve(), *(a.path.resolve() for a in behind if a.path)}
+    for named in _named_parents(run, behind):
+        if named.resolve() not in own and (named / WEIGHTS).is_file():
+            yield f"{named}, from which a run of this chain was copied: it is left as it is"
     base = ledger.history(run)[0]["base"]
     for other in sorted(
         p for p in run.absolute().parent.iterdir() if p.resolve() not in own and (p / WEIGHTS).is_file()
@@ -269,6 +280,13 @@ def _out_of_reach(run: Path, behind: Sequence[Ancestor], chain: bool) -> Iterato
         if related and knows:
             yield f"{other}, another run from the same original: it still knows {', '.join(f'forgotten-{i}' for i in knows)}"
     yield from ALWAYS
+
+
+def _named_parents(run: Path, behind: Sequence[Ancestor]) -> list[Path]:
+    """Where the models behind a run lay when they were used, as the requests of its chain noted it."""
+    folders = [run, *(a.path for a in behind if a.found and a.path is not None)]
+    named = [read_request(folder).get("parent") for folder in folders]
+    return [Path(place) for place in named if place]
 
 
 def _note(run: Path, items: Sequence[Item]) -> list[Removed]:

@@ -32,7 +32,7 @@ def purge(
     made = plan(folder, chain)
     todo = bool(made.items or made.unfinished)
     if made.items:
-        rows = [(str(item.path), _size(item.bytes), item.why) for item in made.items]
+        rows = [(_shown(item.path), _size(item.bytes), item.why) for item in made.items]
         table(("file", "size", "what it is"), rows, "Would be removed" if dry_run else "To be removed", ("size",))
     for sentence in made.left:
         say(f"Stays: {sentence}.")
@@ -40,7 +40,7 @@ def purge(
         if not yes:
             _confirm(folder, chain, json, len(made.items), made.bytes)
         carry_out(made)
-        say(f"Removed {len(made.items)} files, {_size(made.bytes)}; noted in audit/purged.json.")
+        say(f"Removed {_files(len(made.items))}, {_size(made.bytes)}; noted in audit/purged.json.")
         say(
             "This run can be used, exported and continued as before; it can no longer be turned back with its own files."
         )
@@ -67,9 +67,19 @@ def _confirm(folder: Path, chain: bool, as_json: bool, files: int, size: int) ->
             f"Type {again} --yes, or {again} --dry-run to see the list.",
             "not_confirmed",
         )
-    print(f"Remove these {files} files ({_size(size)}) for good? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"Remove {_files(files)} ({_size(size)}) for good? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RequestError("Nothing was removed.", f"To purge, type {again} and answer y.", "not_confirmed")
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed from here: relative where it lies below the working folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path)
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 def _size(count: int) -> str:

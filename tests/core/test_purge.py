@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,25 @@ def test_the_chain_is_purged_but_never_the_original(runs):
     found = ancestors(second)
     assert [(a.sequence, a.found, a.weights) for a in found] == [(1, True, False), (0, True, True)]
     assert not carry_out(second, chain=True).items
+
+
+def test_a_copied_chain_is_purged_where_it_lies_and_not_where_it_came_from(runs, tmp_path):
+    _, first, second = runs
+    shutil.copytree(first.parent, tmp_path / "copy" / "runs")
+    copied = tmp_path / "copy" / "runs" / second.name
+    made = carry_out(copied, chain=True)
+    assert {item.run for item in made.items} == {copied, copied.parent / first.name}
+    assert (first / WEIGHTS).exists()
+    assert (first / DELTA).exists()
+    assert any(str(first) in sentence and "copied" in sentence for sentence in made.out_of_reach)
+
+
+def test_a_report_that_shows_images_stays_and_is_named(runs):
+    second = runs[2]
+    (second / "audit" / "report.html").write_text("<p>no images</p>")
+    (second / "audit" / "shown.html").write_text('<img src="data:image/png;base64,AA==">')
+    (left,) = purge.plan(second).left
+    assert left.startswith(f"{second / 'audit' / 'shown.html'}: a report that shows test images")
 
 
 def test_a_lost_ancestor_is_said(runs, tmp_path):
