@@ -1,6 +1,7 @@
 """The ledger: one line per erasure, each holding the SHA-256 of the line before it, so that the chain can be checked.
 
-The last line is held by the hash of the model it names, and by its signature where a key exists.
+The last line is held by the hash of the model it names, by what the run's request and metrics say as well, and by its
+signature where a key exists.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Report:
     def error(self) -> SafetyError | None:
         """The first failure as SafetyError ``broken_ledger``; None where nothing failed."""
         failed = next((c for c in self.checks if c.verdict == "fail"), None)
-        return SafetyError(failed.detail, HINT, "broken_ledger") if failed else None
+        return SafetyError(f"{failed.detail}.", HINT, "broken_ledger") if failed else None
 
     def to_json(self) -> dict[str, Any]:
         return {"checks": [asdict(c) for c in self.checks], "verdict": "pass" if self.passed else "fail"}
@@ -181,7 +182,7 @@ def inspect(run_folder: Path) -> Report:
                 "broken_ledger",
             )
     except SafetyError as error:
-        return Report([Check("chain", "fail", error.message), *check_artifacts(run_folder)])
+        return Report([Check("chain", "fail", error.message.removesuffix(".")), *check_artifacts(run_folder)])
     chain = Check("chain", "pass", f"{len(entries)} line(s), each holding the hash of the line before it")
     last = entries[-1]
     files = (("model", WEIGHTS), ("config", CONFIG), ("delta", "delta.safetensors"), ("request", "request.json"))
@@ -189,7 +190,8 @@ def inspect(run_folder: Path) -> Report:
         [
             chain,
             *(_check_file(field, run_folder, name, last[field], len(entries)) for field, name in files),
-            _check_forgotten(config, entries),
+            _check_forgotten(config, entries, read_object(run_folder / "request.json")),
+            *_check_metrics(read_object(run_folder / "metrics.json"), entries),
             *check_artifacts(run_folder),
         ]
     )
@@ -233,7 +235,13 @@ def _check_file(name: str, run_folder: Path, file: str, expected: str | None, li
     return Check(name, "pass", f"{path.name} is what line {line} names")
 
 
-def _check_forgotten(config: ModelConfig, entries: list[dict[str, Any]]) -> Check:
+def _check_forgotten(config: ModelConfig, entries: list[dict[str, Any]], request: dict[str, Any]) -> Check:
+    last = entries[-1]
+    asked, names = request.get("indices") or [], request.get("names") or []
+    named = {int(c["index"]): str(c["name"]) for c in last["classes"]}
+    if named and asked and names and named != {i: names[i] for i in asked}:
+        detail = f"line {len(entries)} of {LEDGER} names other classes than request.json, which it holds the hash of"
+        return Check("forgotten", "fail", detail)
     erased = sorted(forgotten_names(entries))
     if sorted(config.forgotten) != erased:
         detail = f"config.json lists {sorted(config.forgotten)} as erased, the {len(entries)} line(s) of {LEDGER} say {erased}"
@@ -242,6 +250,27 @@ def _check_forgotten(config: ModelConfig, entries: list[dict[str, Any]]) -> Chec
         detail = f"config.json has sequence {config.sequence}, {LEDGER} has {len(entries)} line(s)"
         return Check("forgotten", "fail", detail)
     return Check("forgotten", "pass", f"{len(erased)} class(es) erased, as in config.json")
+
+
+def _check_metrics(measured: dict[str, Any], entries: list[dict[str, Any]]) -> list[Check]:
+    """The figures of the last line against `metrics.json`; nothing where that holds none."""
+    summary, noted = measured.get("summary"), entries[-1]["metrics"]
+    if not isinstance(summary, dict):
+        return []
+    wrong = next((k for k in noted if k in summary and summary[k] != noted[k]), None)
+    if wrong is None:
+        return [Check("metrics", "pass", f"metrics.json has the figures that line {len(entries)} names")]
+    detail = f"metrics.json says {wrong} {summary[wrong]}, line {len(entries)} of {LEDGER} {noted[wrong]}"
+    return [Check("metrics", "fail", detail)]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent or no such thing, which the checks of hashes say."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_artifacts(run_folder: Path) -> list[Check]:

@@ -171,6 +171,41 @@ def test_a_config_that_hides_an_erasure_is_found(run):
     assert failed == ["config", "forgotten"]
 
 
+@pytest.fixture
+def told(run) -> Path:
+    """A run whose request and metrics say what its last line says."""
+    request = {"indices": [1], "names": CONFIG_0.class_names}
+    (run / "request.json").write_text(json.dumps(request))
+    (run / "metrics.json").write_text(json.dumps({"summary": {"forget_acc_after": 0.0, "retain_acc_after": 91.5}}))
+    write_last(run, request=sha256(run / "request.json"))
+    return run
+
+
+def write_last(run: Path, **changes) -> None:
+    """Write the last line anew: nothing after it holds its hash."""
+    lines = ledger.read_lines(run / "ledger.jsonl")
+    lines[-1] = ledger.canonical({**json.loads(lines[-1]), **changes})
+    (run / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_a_last_line_that_agrees_with_request_and_metrics_passes(told):
+    assert {c.name: c.verdict for c in ledger.verify(told).checks}["metrics"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "words"),
+    [
+        ({"classes": [{"index": 1, "name": "bog"}]}, "forgotten", "names other classes than request.json"),
+        ({"metrics": {"retain_acc_after": 99.0}}, "metrics", "retain_acc_after 91.5, line 2 of ledger.jsonl 99.0"),
+    ],
+)
+def test_a_last_line_with_another_class_or_figure_is_found(told, changes, name, words):
+    write_last(told, **changes)
+    assert [c.name for c in ledger.inspect(told).checks if c.verdict == "fail"] == [name]
+    with pytest.raises(SafetyError, match=words):
+        ledger.verify(told)
+
+
 def test_a_lost_last_line_is_found(run):
     lines = ledger.read_lines(run / "ledger.jsonl")
     (run / "ledger.jsonl").write_text(lines[0] + "\n")
