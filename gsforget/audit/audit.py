@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,9 @@ LATER = {
     "quick": "a fresh linear probe, CKA per block, relearning and the way back to the original: --tier standard, --tier full",
     "standard": "relearning with all weights, and whether training on retained images alone brings the classes back: --tier full",
 }
+NO_WEIGHTS = (
+    "relearning with all weights, CKA and the way back to the original: they need weights; audit the run folder as well"
+)
 NEVER = (
     "attacks with shadow models (LiRA, U-LiRA), reconstruction of images from the weights, adversarial inputs, and what other "
     "copies, caches and back-ups of model and images still hold"
@@ -124,16 +128,16 @@ def _not_tested(e: Evidence) -> list[str]:
     """What this tier, on what was at hand, could not look at."""
     case, subject = e.case, e.subject.side.subject
     said = []
-    if case.ask.tier in LATER:
+    if subject.module is None:
+        if case.ask.tier == "quick" and not subject.why_no_features:
+            said.append("a fresh linear probe: --tier standard")
+        said.append(NO_WEIGHTS)
+    elif case.ask.tier in LATER:
         said.append(LATER[case.ask.tier])
     if subject.why_no_features:
         hint = "; export it with gsforget export --onnx --with-features" if case.kind == "onnx" else ""
         said.append(f"the features: {subject.why_no_features}, so probes and five-shot attacks were left out{hint}")
-    if subject.module is None and case.ask.tier != "quick":
-        said.append(
-            "relearning with all weights, CKA and interpolation: they need weights; audit the run folder as well"
-        )
-    elif case.ask.tier != "quick" and e.original is not None and not _weights(e):
+    if subject.module is not None and case.ask.tier != "quick" and e.original is not None and not _weights(e):
         said.append("CKA, interpolation and changed blocks: original and model do not have the same tensors")
     if case.ask.never_seen and e.never_seen is not None:
         which = "the original" if e.base is e.original else "the audited model"
@@ -210,6 +214,7 @@ def _document(
         "sequence": case.sequence,
         "data": data,
         "seed": case.ask.seed,
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": round(seconds, 2),
         "versions": _versions(),
         "device": str(case.device),

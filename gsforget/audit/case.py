@@ -139,6 +139,13 @@ class _Opening:
         self.notes: list[str] = []
 
     def case(self, target: Path) -> Case:
+        if not target.exists():
+            raise RequestError(
+                f"There is no run, model folder or file {target}.",
+                "Name a run folder such as runs/forget-0001, a model folder or an exported file; without a name the newest run "
+                "is audited.",
+                "no_model",
+            )
         is_file = not target.is_dir()
         run = _run_of(target)
         request = read_request(run) if run else {}
@@ -193,7 +200,8 @@ class _Opening:
             if error.kind == "not_ours":
                 error.hint = (
                     "Say how it is fed and what its classes are called: --original FOLDER (a model folder with the same "
-                    "classes and preprocessing), and --class-names FILE where the names differ."
+                    "classes and preprocessing), --class-names FILE where the names differ, and --classes A,B, the classes that "
+                    "it should not know."
                 )
             raise
         load = self.devices.loader(info.preprocess.to_dict())
@@ -215,7 +223,19 @@ class _Opening:
         if not folder.is_dir():
             raise RequestError(f"There is no model folder {folder}.", "Check --original.", "no_model")
         source = load_source(str(folder), trust_code=self.ask.trust_code)
-        return source, self._side(source)
+        side = self._side(source)
+        if run is not None and self.ask.original is not None:
+            self._compare_with_ledger(run, side)
+        return source, side
+
+    def _compare_with_ledger(self, run: Path, original: Side) -> None:
+        """Note that a model given with --original is none that the run's chain started from, as far as hashes say."""
+        bases = {entry["base"] for entry in ledger.history(run)}
+        if original.sha256 not in bases and all(ancestor.path for ancestor in ancestors(run)):
+            self.notes.append(
+                f"whether {original.path} is the model that this run was made from: its weights have none of the hashes that "
+                "the ledger names"
+            )
 
     def _reference(self, names: list[str]) -> Side | None:
         folder = self.ask.reference

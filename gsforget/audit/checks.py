@@ -56,6 +56,10 @@ class Check:
         return asdict(self)
 
 
+UNCOMPARED = "what a model that never saw these classes shows is not known (--reference or --never-seen)"
+TOO_FEW = "so few images cannot show a difference from chance"
+
+
 def overall(checks: Sequence[Check]) -> Verdict:
     """``fail`` where any check failed, else ``inconclusive`` where any is, else ``pass``."""
     verdicts = {c.verdict for c in checks}
@@ -82,7 +86,10 @@ def attack(
         counts: test images behind ``value`` and behind ``reference``.
     """
     if reference is None:
-        return Check(name, value, original, None, None, "inconclusive", "%", f"{says}; nothing to compare with.")
+        return Check(name, value, original, None, None, "inconclusive", "%", f"{says}; {UNCOMPARED}.")
+    if rate_difference(100.0, 0.0, *counts) <= 0:
+        says = f"{says}; of never-seen classes {reference:.1f} %; {TOO_FEW}."
+        return Check(name, value, original, reference, reference, "inconclusive", "%", says)
     beyond = rate_difference(value, reference, *counts) > 0
     verdict: Verdict = "fail" if beyond else "pass"
     excused = ", no more than chance would explain" if value > reference and not beyond else ""
@@ -108,11 +115,9 @@ def probe(value: float, original: float | None, reference: float | None, limits:
     name, limit = "linear_probe_excess", limits.max_probe_excess
     raw = f"a fresh linear probe on the features names {value:.1f} % of the forgotten images"
     if reference is None or original is None:
-        lacking = "never-seen classes" if reference is None else "the original model"
+        lacking = UNCOMPARED if reference is None else "the original model is not at hand (--original)"
         before = None if original is None else 1.0
-        return Check(
-            name, None, before, None, limit, "inconclusive", "ratio", f"{_cap(raw)}; {lacking} to compare with: none."
-        )
+        return Check(name, None, before, None, limit, "inconclusive", "ratio", f"{_cap(raw)}; {lacking}.")
     excess = probe_excess(value, reference, original)
     verdict: Verdict = excess_verdict(value, reference, original, limit)
     room = original - reference
@@ -132,8 +137,11 @@ def membership(value: MembershipResult, original: MembershipResult | None, refer
     """
     nearest = max(value.low - 0.5, 0.5 - value.high, 0.0)
     allowed = reference.leak if reference else 0.0
+    verdict: Verdict = "inconclusive" if not value.decisive else "pass" if nearest <= allowed else "fail"
     judged = (
-        "guessing lies within that range"
+        TOO_FEW
+        if not value.decisive
+        else "guessing lies within that range"
         if nearest == 0
         else "a model that never trained on them shows as much"
         if nearest <= allowed
@@ -150,7 +158,7 @@ def membership(value: MembershipResult, original: MembershipResult | None, refer
         original.auc if original else None,
         reference.auc if reference else None,
         0.5 + allowed,
-        "pass" if nearest <= allowed else "fail",
+        verdict,
         "auc",
         says,
     )
@@ -173,7 +181,7 @@ def relearning(
         return steps_to(starts.faster(goal), goal) if starts else None
 
     def took(starts: Starts) -> str:
-        return _after(steps(starts), starts.imprinted.steps[-1])
+        return "no step at all" if steps(starts) == 0 else _after(steps(starts), starts.imprinted.steps[-1])
 
     def took_own(starts: Starts) -> str:
         return _after(steps_to(starts.own, goal), starts.own.steps[-1])
@@ -181,7 +189,7 @@ def relearning(
     value, before, needed = (steps(s) for s in (subject, original, reference))
     says = f"Fine-tuning brings the forgotten classes back to {goal:.0f} % after {took(subject)}"
     if reference is None:
-        says += f" (from its own head after {took_own(subject)}); nothing to compare with."
+        says += f" (from its own head after {took_own(subject)}); {UNCOMPARED}."
         return Check(name, value, before, None, None, "inconclusive", "steps", says)
     assert needed is not None
     own = f"from its own head after {took_own(subject)}, in that model after {took_own(reference)}"

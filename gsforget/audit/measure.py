@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Say = Callable[[str], None]
+NOTICEABLE = 10.0  # percent of the forgotten test images; what is rarer may go unnoticed without a further word
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ def measure(case: Case, say: Say) -> Evidence:
     subject = answers(case.side, "the audited model")
     original = answers(case.original, "the original") if case.original else None
     check_order(case, original or subject)
+    if original:
+        check_original(case, original)
     reference = answers(case.reference, "the reference", case.audited) if case.reference else None
     if reference:
         check_reference(case, reference)
@@ -186,6 +189,7 @@ def measure(case: Case, say: Say) -> Evidence:
         ]
         never_seen = shown[0], shown[1]
         notes += uneven(len(new), len(case.audited))
+    notes += few_tested(subject.test, case.audited)
     there = [set(np.unique(a.labels).tolist()) for a in (subject.train, subject.test)]
     attackable = [k for k in case.audited if k in there[0] and k in there[1]]
     if case.audited and not attackable:
@@ -201,7 +205,8 @@ def check_order(case: Case, measured: Measured) -> None:
     if of_classes(test.labels, case.retained).any():
         confusion = confusion_matrix(test.labels, test.said, len(case.names))
         known = [k for k in range(len(case.names)) if k not in measured.side.erased and k in (case.retained)]
-        check_plausible(confusion, known, case.names)
+        if len(known) > 1:  # one class alone has no order, and naming it always is no sign of anything
+            check_plausible(confusion, known, case.names)
 
 
 def join(first: Answers, second: Answers) -> Answers:
@@ -223,6 +228,18 @@ def uneven(never_seen: int, forgotten: int) -> list[str]:
     ]
 
 
+def few_tested(test: Answers, audited: Sequence[int]) -> list[str]:
+    """A sentence where there are so few test images of the forgotten classes that much could go unnoticed, else none."""
+    count = int(of_classes(test.labels, audited).sum())
+    unnoticed = wilson(0, count, Z_ONE_SIDED)[1] if count else 0.0
+    if unnoticed <= NOTICEABLE:
+        return []
+    return [
+        f"rare right answers on forgotten classes: with {count} test image(s) of them, a model that names up to "
+        f"{unnoticed:.0f} % may well show none"
+    ]
+
+
 def check_reference(case: Case, reference: Measured) -> None:
     """A reference that names the forgotten classes has seen them, and would let anything pass.
 
@@ -238,6 +255,24 @@ def check_reference(case: Case, reference: Measured) -> None:
             "these classes.",
             "Give --reference a model that was trained without them.",
             "bad_reference",
+        )
+
+
+def check_original(case: Case, original: Measured) -> None:
+    """An original that never knew the forgotten classes has nothing to be compared with.
+
+    Raises RequestError ``bad_original``.
+    """
+    known = original.test.select(of_classes(original.test.labels, case.audited))
+    if not len(known.labels):
+        return
+    right, count = int(known.correct.sum()), len(known.labels)
+    if wilson(right, count, Z_ONE_SIDED)[1] <= max(1.0, 100.0 / len(case.names)):
+        raise RequestError(
+            f"The original {original.side.path} names only {100 * right / count:.1f} % of the forgotten images, so it never "
+            "knew these classes.",
+            "Give --original the model from before the forgetting.",
+            "bad_original",
         )
 
 

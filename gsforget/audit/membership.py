@@ -27,7 +27,8 @@ FAR = 1e9  # stands for infinite scores, which a masked head gives
 class MembershipResult:
     """AUC (0 to 1) with its two-sided 95 % interval, and the true positive rate at a false positive rate of ``fpr``.
 
-    ``tpr`` is the better of both directions; without any memory it is about ``fpr``.
+    ``tpr`` is the better of both directions; without any memory it is about ``fpr``.  ``decisive``: whether so many images
+    could show memory at all, that is, whether even an AUC of 1 would differ from guessing.
     """
 
     auc: float
@@ -37,6 +38,7 @@ class MembershipResult:
     members: int
     nonmembers: int
     fpr: float = FPR
+    decisive: bool = True
 
     @property
     def leak(self) -> float:
@@ -113,12 +115,14 @@ def membership(
     pairs = np.array([len(a) * len(b) for a, b in strata], dtype=np.float64)
     weights = pairs / pairs.sum()
     value = float(weights @ np.array([auc(a, b) for a, b in strata]))
-    low, high = auc_interval(value, [(len(a), len(b)) for a, b in strata])
+    counts = [(len(a), len(b)) for a, b in strata]
+    low, high = auc_interval(value, counts)
+    decisive = auc_interval(1.0, counts)[0] > 0.5
     level = [np.median(b) for _, b in strata]
     a = np.concatenate([s[0] - m for s, m in zip(strata, level)])
     b = np.concatenate([s[1] - m for s, m in zip(strata, level)])
     rate = max(tpr_at_fpr(a, b, fpr), tpr_at_fpr(-a, -b, fpr))
-    return MembershipResult(value, low, high, rate, len(a), len(b), fpr)
+    return MembershipResult(value, low, high, rate, len(a), len(b), fpr, decisive)
 
 
 def auc_interval(value: float, counts: list[tuple[int, int]], z: float = Z_TWO_SIDED) -> tuple[float, float]:

@@ -26,12 +26,12 @@ NO_TEST = "there are no test images of {}"
 def accuracy_checks(e: Evidence, limits: Limits) -> list[Check]:
     """``forget_acc``, ``old_acc``, ``forget_train_acc``, ``retain_drop`` and ``class_drop``."""
     case, test = e.case, e.subject.test
-    made = [_accuracy(e, "forget_acc", "the forgotten classes' test images", case.forget, False, limits)]
+    made = [_accuracy(e, "forget_acc", "test images of the forgotten classes", case.forget, False, limits)]
     if case.old:
-        made.append(_accuracy(e, "old_acc", "the test images of classes forgotten earlier", case.old, False, limits))
+        made.append(_accuracy(e, "old_acc", "test images of classes forgotten earlier", case.old, False, limits))
     made.append(
         _accuracy(
-            e, "forget_train_acc", "the forgotten classes' training images", [*case.forget, *case.old], True, limits
+            e, "forget_train_acc", "training images of the forgotten classes", [*case.forget, *case.old], True, limits
         )
     )
     if e.original is None:
@@ -78,11 +78,11 @@ def _accuracy(e: Evidence, name: str, what: str, classes: Sequence[int], train: 
     subject, original, reference = (of(m) for m in (e.subject, e.original, e.reference))
     assert subject is not None
     if not subject.count:
-        return checks.unknown(name, "%", f"there are no {what.removeprefix('the ')}", limits.max_forget_acc)
+        return checks.unknown(name, "%", f"there are no {what}", limits.max_forget_acc)
     found = e.subject.train if train else e.subject.test
     gate = accuracy_gate(name, found.correct, of_classes(found.labels, classes), limits.max_forget_acc)
     known = reference.percent if reference and reference.count == subject.count else None
-    says = f"The model names {subject.right} of {what} ({subject.count}) rightly."
+    says = f"The model names {subject.right} of {subject.count} {what} rightly."
     return checks.of_gate(gate, "%", says, original.percent if original else None, known)
 
 
@@ -248,21 +248,23 @@ def feature_details(e: Evidence, views: dict[str, View | None]) -> dict[str, Any
 
 
 def feature_map(before: Answers, after: Answers, e: Evidence) -> dict[str, Any]:
-    """Test images in the plane in which the original's features vary most (their first two principal components)."""
-    assert before.features is not None
-    assert after.features is not None
+    """Test images by the two directions in which a model's own features vary most (principal components), per model.
+
+    In the original's plane a class that left it for another direction would lie among the others, as if it were gone.
+    """
     rng = np.random.default_rng(e.case.ask.seed)
     rows = {
         name: np.sort(rng.permutation(np.flatnonzero(of_classes(before.labels, classes)))[:POINTS])
         for name, classes in (("forget", e.attackable), ("retain", e.case.retained))
     }
-    values = before.features[np.concatenate([*rows.values()])].astype(np.float64)
-    centre = values.mean(axis=0)
-    plane = np.linalg.svd(values - centre, full_matrices=False)[2][:2].T
-    return {
-        when: {name: np.round((features[chosen] - centre) @ plane, 3).tolist() for name, chosen in rows.items()}
-        for when, features in (("before", before.features), ("after", after.features))
-    }
+    found = {}
+    for when, answers in (("before", before), ("after", after)):
+        assert answers.features is not None
+        values = answers.features[np.concatenate([*rows.values()])].astype(np.float64)
+        centre = values.mean(axis=0)
+        plane = np.linalg.svd(values - centre, full_matrices=False)[2][:2].T
+        found[when] = {n: np.round((answers.features[r] - centre) @ plane, 3).tolist() for n, r in rows.items()}
+    return found
 
 
 def named(figures: dict[str, float | None]) -> dict[str, float | None]:

@@ -21,10 +21,11 @@ class Tier(StrEnum):
     full = "full"
 
 
+MAX_PROBE_EXCESS = 0.25
 UNITS = {"%": " %", "points": " pt", "ratio": "", "steps": " steps", "auc": ""}
 SAID = {
     "pass": "Every check passed: evidence that the classes are forgotten, as far as this tier looks.",
-    "fail": "Failed: the model still shows what it should have forgotten, or lost what it should have kept.",
+    "fail": "Failed ({failed}): the model still shows what it should have forgotten, or lost what it should have kept.",
     "inconclusive": "Inconclusive: nothing failed, but some checks could not be made, so the evidence is incomplete.",
 }
 
@@ -50,7 +51,7 @@ def audit(
     with_images: Annotated[bool, Opt("--with-images", help="Show test images in the report.")] = False,
     device: DeviceOption = Device.auto,
     seed: Annotated[int, Opt(min=0, help="Of the images and shots that are chosen.")] = 0,
-    max_probe_excess: Annotated[float, Opt(help="Threshold of the probe excess, 0 to 1.")] = 0.25,
+    max_probe_excess: Annotated[float, Opt(help="Threshold of the probe excess, 0 to 1.")] = MAX_PROBE_EXCESS,
     out: Annotated[Path | None, Opt(help="Folder or .json file; default: audit/ of the run.")] = None,
     skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
@@ -86,10 +87,22 @@ def audit(
     )
     if json:
         emit_json(document)
-    typed = ["gsforget", "audit", *([str(model)] if model else []), "--data", str(data)]
     if document["verdict"] == "fail":
         raise typer.Exit(3)
-    next_command(_next(document, typed, reference is not None or bool(never_seen)))
+    given: dict[str, object] = {
+        "--classes": classes,
+        "--class-names": class_names,
+        "--original": original,
+        "--reference": reference,
+        "--never-seen": never_seen,
+        "--out": out,
+        "--seed": seed or None,
+        "--max-probe-excess": max_probe_excess if max_probe_excess != MAX_PROBE_EXCESS else None,
+        "--with-images": with_images,
+        "--skip-corrupt": skip_corrupt,
+        "--trust-code": trust_code,
+    }
+    next_command(_next(document, model, data, given))
 
 
 def show(document: dict[str, Any]) -> None:
@@ -105,12 +118,13 @@ def show(document: dict[str, Any]) -> None:
     numbers = ("value", "original", "never seen", "threshold")
     table(("check", *numbers, "verdict"), rows, f"Audit of {document['subject']} ({document['tier']})", numbers)
     for c in document["checks"]:
-        if c["verdict"] != "pass":
+        if c["verdict"] != "pass" or _excused(c):
             say(f"{c['name']}: {c['says']}")
     for line in _figures(document["details"]):
         say(line)
+    failed = ", ".join(c["name"] for c in document["checks"] if c["verdict"] == "fail")
     say(
-        f"{SAID[document['verdict']]} ({document['seconds']:.1f} s)",
+        f"{SAID[document['verdict']].format(failed=failed)} ({document['seconds']:.1f} s)",
         "bold red" if document["verdict"] == "fail" else "bold",
     )
     gone = [c for c in document["classes"] if c["role"] != "retain" and c["name"] != f"forgotten-{c['index']}"]
@@ -123,6 +137,12 @@ def show(document: dict[str, Any]) -> None:
         say(f"Evidence: {document['artifacts']['report']} (the same facts in {document['artifacts']['audit']}).")
     else:
         say("Nothing was written; add --out DIR to keep the evidence.")
+
+
+def _excused(check: dict[str, Any]) -> bool:
+    """Whether a check passed with a figure beyond its threshold, so that the reader needs the sentence that says why."""
+    value, limit = check["value"], check["threshold"]
+    return check["verdict"] == "pass" and check["unit"] != "steps" and None not in (value, limit) and value > limit
 
 
 def _digits(check: dict[str, Any]) -> int:
@@ -147,12 +167,14 @@ def _figures(details: dict[str, Any]) -> list[str]:
             lines.append(f"{title}: {', '.join(parts)}.")
     sinks = details.get("misattribution")
     if sinks:
-        named = ", ".join(f"{s['class']} {s['share']:.0f} %" for s in sinks)
+        named = ", ".join(f"{s['class']} {s['share']:.1f} %" for s in sinks)
         lines.append(f"Forgotten images recognised as somebody else (probability above one half): {named}.")
     near = details.get("neighbours")
     if near:
         lines.append(
-            "Nearest retained classes lost: " + ", ".join(f"{n['class']} {n['drop']:.1f} pt" for n in near[:5]) + "."
+            "Change of the nearest retained classes: "
+            + ", ".join(f"{n['class']} {round(-n['drop'], 1) + 0.0:+.1f} pt" for n in near[:5])
+            + "."
         )
     changed = details.get("changed")
     if changed:
@@ -164,11 +186,31 @@ def _figures(details: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _next(document: dict[str, Any], typed: list[str], compared: bool) -> str:
+def _next(document: dict[str, Any], model: Path | None, data: Path, given: dict[str, object]) -> str:
+    """The next deeper audit with the same options; for a file, of its run; then the export that can be audited itself."""
+    subject = Path(document["subject"])
+    is_file = document["kind"] in ("onnx", "engine")
     deeper = {"quick": "standard", "standard": "full"}.get(document["tier"])
-    if deeper:
-        against = [] if compared else ["--reference", "FOLDER"]
-        return shlex.join([*typed, "--tier", deeper, *against])
-    if document["kind"] == "run":
-        return f"gsforget export {shlex.quote(document['subject'])} --onnx --with-features"
-    return "gsforget history"
+    if is_file and (deeper != "standard" or "five_shot" not in _judged(document)):
+        if subject.parent.name != "artifacts":
+            return "gsforget history"
+        model, deeper = subject.parent.parent, "full"
+        given = {**given, "--out": None}
+    if not deeper:
+        if document["kind"] == "run":
+            return f"gsforget export {shlex.quote(document['subject'])} --onnx --with-features"
+        return "gsforget history"
+    if not given["--reference"] and not given["--never-seen"]:
+        given = {**given, "--reference": "FOLDER"}
+    options = [
+        part
+        for option, value in given.items()
+        if value
+        for part in ([option] if value is True else [option, str(value)])
+    ]
+    typed = ["gsforget", "audit", *([str(model)] if model else []), "--data", str(data), "--tier", deeper]
+    return shlex.join([*typed, *options])
+
+
+def _judged(document: dict[str, Any]) -> set[str]:
+    return {c["name"] for c in document["checks"] if c["value"] is not None}

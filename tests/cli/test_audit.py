@@ -278,6 +278,10 @@ def test_one_image_per_class(run, cli, draw, tmp_path):
     assert found.status in (0, 3)
     assert by_name(found.document)["five_shot"]["value"] is not None
     assert found.document["classes"][1]["after"]["count"] == 1
+    assert by_name(found.document)["mia_auc"]["verdict"] == "inconclusive"
+    assert any(
+        note.startswith("rare right answers") and "with 1 test image" in note for note in found.document["not_tested"]
+    )
 
 
 def test_the_same_image_on_both_sides_is_named(run, cli, world, tmp_path):
@@ -341,6 +345,47 @@ def test_bad_requests(run, cli, world, typed, kind):
     assert names_of(run / "audit") == {"groups.png"}
 
 
+def test_an_original_that_never_knew_the_classes_is_refused(run, cli, world, tmp_path):
+    stranger = tmp_path / "stranger"  # the erased model without a word of what it forgot
+    stranger.mkdir()
+    shutil.copy(run / "model.safetensors", stranger)
+    shutil.copy(world.model / "config.json", stranger)
+    found = cli(tmp_path, "audit", run, "--data", world.data, "--original", stranger)
+    assert (found.status, found.document["error"]["kind"]) == (2, "bad_original")
+    assert names_of(run / "audit") == {"groups.png"}
+
+
+def test_an_original_that_the_ledger_does_not_name_is_noted(run, cli, world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(world.model, other)
+    state = load_file(other / "model.safetensors")
+    next(iter(state.values())).view(-1)[0] += 1e-6
+    save_file(state, other / "model.safetensors")
+    for original, noted in ((other, True), (world.model, False)):
+        notes = cli(tmp_path, "audit", run, "--data", world.data, "--original", original).document["not_tested"]
+        assert any("none of the hashes that the ledger names" in note for note in notes) is noted
+
+
+def test_one_class_may_be_all_that_is_retained(cli, world, tmp_path):
+    found = cli(tmp_path, "audit", world.model, "--data", world.data, "--classes", "bee,cat,dog")
+    assert found.status == 3, found.err
+    assert "Failed (forget_acc, forget_train_acc)" in found.err
+
+
+def test_the_next_command_keeps_the_options(run, exported, cli, world):
+    cwd = run.parent.parent
+    typed = ["--classes", "bee", "--out", "evidence", "--seed", "3", "--with-images"]
+    found = cli(cwd, "audit", "--data", world.data, *typed)
+    start = f"gsforget audit --data {world.data} --tier standard"
+    assert f"{start} --classes bee --reference FOLDER --out evidence --seed 3 --with-images" in found.err
+    artifact = exported / "runs" / "forget-0001" / "artifacts" / "model-0001-fp32.onnx"
+    found = cli(exported, "audit", artifact.relative_to(exported), "--data", world.data)
+    assert f"gsforget audit runs/forget-0001 --data {world.data} --tier full --reference FOLDER" in found.err
+    assert not any("--tier" in note for note in found.document["not_tested"])  # no tier of a file looks any deeper
+
+
 def test_what_else_is_refused(cli, world, tmp_path):
     def kind(*typed):
         found = cli(tmp_path, "audit", *typed)
@@ -352,7 +397,10 @@ def test_what_else_is_refused(cli, world, tmp_path):
     assert kind(world.model, "--classes", "bee") == "no_data"
     assert kind(world.model, "--classes", "bee", "--data", tmp_path / "none") == "no_data"
     assert kind(tmp_path, "--data", world.data) == "no_model"
-    assert kind(tmp_path / "none.onnx", "--data", world.data) == "no_model"
+    for absent in ("none.onnx", "runs/none"):
+        found = cli(tmp_path, "audit", tmp_path / absent, "--data", world.data)
+        assert (found.status, found.document["error"]["kind"]) == (2, "no_model")
+        assert "run folder" in found.document["error"]["hint"]
     (tmp_path / "names").write_text("ant\nbee\n")
     assert (
         kind(world.model, "--data", world.data, "--classes", "bee", "--class-names", tmp_path / "names")

@@ -54,6 +54,11 @@ def test_attacks_are_held_against_classes_never_seen(value, reference, verdict):
     assert check.threshold == check.reference == reference
 
 
+def test_an_attack_on_so_few_images_that_none_could_fail_is_not_judged():
+    assert checks.attack("five_shot", "It names some", 100.0, 100.0, 0.0, (2, 2)).verdict == "inconclusive"
+    assert checks.attack("five_shot", "It names some", 100.0, 100.0, 0.0, (3, 3)).verdict == "fail"
+
+
 @pytest.mark.parametrize(
     ("value", "original", "reference", "verdict", "excess"),
     [
@@ -92,6 +97,12 @@ def test_membership(subject, reference, verdict):
     check = checks.membership(subject, None, reference)
     assert check.verdict == verdict
     assert check.value == subject.auc
+
+
+def test_membership_of_so_few_images_that_none_could_fail_is_not_judged():
+    check = checks.membership(MembershipResult(1.0, 0.2, 1.0, 1.0, 1, 1, decisive=False), None, None)
+    assert (check.verdict, check.value) == ("inconclusive", 1.0)
+    assert "so few images" in check.says
 
 
 STEPS = (0, 1, 2, 5, 10, 20)

@@ -84,7 +84,7 @@ def test_memory_shows_in_both_directions():
     assert min(high.tpr, low.tpr) > 0.3
     assert high.to_json() == {
         "auc": high.auc, "low": high.low, "high": high.high, "tpr": high.tpr,
-        "members": 300, "nonmembers": 300, "fpr": 0.01,
+        "members": 300, "nonmembers": 300, "fpr": 0.01, "decisive": True,
     }  # fmt: skip
 
 
@@ -133,3 +133,8 @@ def test_interval_covers_the_truth():
         result = membership(rng.normal(0.5, 1, 40), rng.normal(0, 1, 30))
         held += result.low <= 0.63816 <= result.high  # the truth is Phi(0.5 / sqrt 2)
     assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(("count", "decisive"), [(1, False), (2, False), (3, True)])
+def test_how_many_images_could_show_memory_at_all(count, decisive):
+    assert membership(np.arange(count) + 10.0, np.arange(count)).decisive is decisive
