@@ -63,13 +63,10 @@ def scatter(
     title: str,
     description: str,
     groups: Sequence[tuple[str, str, Sequence[Sequence[float]]]],
-    span: Sequence[Sequence[float]],
 ) -> Html:
-    """Points in the plane without axes; ``groups`` are (name, style, [[x, y], …]), drawn in this order.
-
-    ``span``: points that set the scale, so that two charts can share one."""
+    """Points in the plane without axes, both to one scale; ``groups`` are (name, style, [[x, y], …]), drawn in this order."""
     kept = [(n, s, [p for p in points if len(p) == 2 and all(map(measured, p))]) for n, s, points in groups]
-    every = [p for p in span if len(p) == 2 and all(map(measured, p))]
+    every = [p for _, _, points in kept for p in points]
     low = [min((p[i] for p in every), default=0.0) for i in (0, 1)]
     high = [max((p[i] for p in every), default=1.0) for i in (0, 1)]
     scale = min((s - 30) / (h - a if h > a else 1) for a, h, s in zip(low, high, (WIDTH, HEIGHT)))

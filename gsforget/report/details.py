@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gsforget.report.charts import Series, lines, scatter
-from gsforget.report.markup import Html, join, listed, measured, number, plural, scroll, table, tag
+from gsforget.report.markup import Html, change, join, listed, measured, moment, number, plural, scroll, table, tag
 
 TIERS = {"quick": 0, "standard": 1, "full": 2}
 MODES = {
@@ -53,9 +53,9 @@ def requests(history: Sequence[dict[str, Any]]) -> Html:
         rows.append(
             [
                 r.get("sequence"),
-                _when(r.get("when")),
+                moment(r.get("when")),
                 listed(r.get("classes") or []),
-                r.get("method"),
+                tag("span", r.get("method") or "–", class_="whole"),
                 changed,
                 *figures,
             ]
@@ -71,6 +71,11 @@ def requests(history: Sequence[dict[str, Any]]) -> Html:
         "Earlier ones after",
     )
     made = [table("Requests, oldest first", columns, rows, numbers=(4, 5, 6, 7))]
+    made += [
+        tag("p", f"Request {r.get('sequence')} came as {r['origin']['id']}.")
+        for r in history
+        if (r.get("origin") or {}).get("id")
+    ]
     made += [tag("p", f"Request {r.get('sequence')}: {r['note']}", class_="note") for r in history if r.get("note")]
     purged = [str(r.get("sequence")) for r in history if r.get("purged")]
     if purged:
@@ -122,20 +127,20 @@ def feature_map(audit: dict[str, Any]) -> Html:
     """Two scatter plots: features of forgotten and retained classes before and after."""
     found = _details(audit, "feature_map") or {}
     panels = []
-    every = [p for half in found.values() for points in (half or {}).values() for p in points or []]
     for when, title in (("before", "Before forgetting"), ("after", "After forgetting")):
         points = found.get(when)
         if points and (points.get("forget") or points.get("retain")):
             forget, retain = points.get("forget") or [], points.get("retain") or []
             text = f"{plural(len(retain), 'retained image')} as circles, {plural(len(forget), 'forgotten image')} as triangles."
             groups = (("retained classes", "retain", retain), ("forgotten classes", "forget", forget))
-            panels.append(tag("div", tag("h3", title), scatter(f"Feature map {when}", text, groups, every)))
+            panels.append(tag("div", tag("h3", title), scatter(f"Feature map {when}", text, groups)))
     if not panels:
         return absent(audit, "quick", "The feature map was")
     words = (
-        "Each mark is an image, placed by what the model computes inside, flattened in the same way before and after. Forgotten "
-        "classes that form their own islands are still known to the features; scattered among the retained ones they are not. "
-        "A picture like this illustrates; the checks above decide."
+        "Each mark is an image, placed by what the model computes inside. Each picture is flattened to the two directions in "
+        "which that model's own features vary most. Forgotten classes that form islands of their own are still known to the "
+        "features. Where they lie among the retained ones they may still be apart in directions that no flat picture shows: it "
+        "illustrates, the checks above decide."
     )
     return tag("div", tag("p", words), tag("div", *panels, class_="panels"))
 
@@ -159,7 +164,10 @@ def relearning(audit: dict[str, Any]) -> Html:
         panels.append(tag("div", tag("h3", title), tag("p", what), chart, _figures(figures)))
     if not panels:
         return absent(audit, "standard", "Relearning was")
-    words = "How quickly somebody with the weights could teach the classes again. A line that rises late is good."
+    words = (
+        "How quickly somebody with the weights could teach the classes again. A line that rises late is good. With all weights, "
+        "a line ends where the classes are as good as back; the original knows them before the first step."
+    )
     missing = [title for mode, (title, _) in MODES.items() if not (found.get(mode) or {}).get("steps")]
     left = [tag("p", f"Not measured: {listed(missing)}.", class_="absent")] if missing else []
     return tag("div", tag("p", words), tag("div", *panels, class_="panels"), *left)
@@ -185,7 +193,20 @@ def layers(audit: dict[str, Any]) -> Html:
         "1 means that a block sees images as it did before, 0 that nothing of it is left. Retained classes should stay near 1; "
         "for forgotten classes the last blocks should fall."
     )
-    return tag("div", tag("p", words), chart, _figures(figures))
+    return tag("div", tag("p", words), unchanged(audit), chart, _figures(figures))
+
+
+def unchanged(audit: dict[str, Any]) -> Html | None:
+    """How much of the model is bit for bit the original's; None where that is not known."""
+    found = _details(audit, "changed") or {}
+    if not found.get("total"):
+        return None
+    blocks = [str(b).removesuffix(".mlp") for b in found.get("blocks") or []]
+    return tag(
+        "p",
+        f"{plural(len(blocks), 'block')} of {found.get('of_blocks')} changed ({listed(blocks)}); {found.get('identical')} of "
+        f"{found['total']} tensors are bit for bit those of the original.",
+    )
 
 
 def interpolation(audit: dict[str, Any]) -> Html:
@@ -225,7 +246,7 @@ def misattribution(audit: dict[str, Any]) -> Html:
             [name(s.get("class")), number(s.get("share"), "%"), number(s.get("mean_probability"), "ratio")]
             for s in sinks
         ]
-        caption = "Classes that images of forgotten classes are now taken for"
+        caption = "Classes that images of forgotten classes are now taken for, with a probability above one half"
         parts.append(table(caption, ("Class", "Share of forgotten images", "Mean probability"), rows, numbers=(1, 2)))
         parts.append(
             tag("p", "For people this matters: somebody who was forgotten must not be taken for somebody else.")
@@ -243,10 +264,9 @@ def misattribution(audit: dict[str, Any]) -> Html:
         )
     near = _details(audit, "neighbours") or []
     if near:
-        rows = [[name(n.get("class")), number(n.get("drop"), "points")] for n in near]
-        parts.append(
-            table("Loss of the retained classes nearest to the forgotten ones", ("Class", "Loss"), rows, numbers=(1,))
-        )
+        rows = [[name(n.get("class")), f"{change(n.get('drop'), 0.0)} points"] for n in near]
+        caption = "Change of the retained classes nearest to the forgotten ones"
+        parts.append(table(caption, ("Class", "Right answers"), rows, numbers=(1,)))
     return join(parts)
 
 
@@ -266,7 +286,3 @@ def _course(series: Series, digits: int = 0) -> str:
 
 def _at(values: Sequence[Any], i: int) -> str:
     return number(values[i], "%") if i < len(values) else "–"
-
-
-def _when(when: Any) -> str:
-    return str(when).replace("T", " ").removesuffix("Z") if when else "–"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gsforget.report.markup import Html, number, plural, table, tag
+from gsforget.report.markup import Html, listed, moment, number, plural, table, tag
 
 THREATS = (
     (
@@ -85,15 +85,24 @@ GLOSSARY = (
 )
 
 
+FILES = {
+    "model": "The model",
+    "artifact": "The audited file",
+    "original": "The original model",
+    "reference": "The model that never saw the classes",
+}
+ORIGIN = {"id": "Request id", "date": "Date of the request", "basis": "Basis of the request"}
+
+
 def not_tested(audit: dict[str, Any]) -> Html:
     """The audit's own list, in full."""
-    listed = audit.get("not_tested") or []
-    if not listed:
+    missing = audit.get("not_tested") or []
+    if not missing:
         return tag(
             "p",
             "Everything that this tier can measure was measured. What no test can show stands under the threat model.",
         )
-    return tag("ul", *(tag("li", sentence) for sentence in listed))
+    return tag("ul", *(tag("li", sentence) for sentence in missing))
 
 
 def threat_model(audit: dict[str, Any]) -> Html:
@@ -121,9 +130,10 @@ def provenance(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html
     """Files, hashes, data, versions, seeds and thresholds."""
     data = audit.get("data") or {}
     facts = [
+        ("When (UTC)", moment(audit.get("time"))),
         ("Audited", f"{audit.get('subject') or '–'} ({audit.get('kind') or '–'})"),
         ("Original", audit.get("original")),
-        ("Never-seen model", audit.get("reference")),
+        ("Never seen", _reference(audit.get("reference"))),
         ("Tier", audit.get("tier")),
         ("Erasures in this model", audit.get("sequence")),
         ("Device", audit.get("device")),
@@ -135,7 +145,7 @@ def provenance(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html
     ]
     rows = [[k, "–" if v is None else v] for k, v in facts]
     made = [table("The audit", ("What", "Value"), rows)]
-    hashes = [[f"Model file: {k}", _code(v)] for k, v in (audit.get("sha256") or {}).items() if v]
+    hashes = [[FILES.get(k, k), _code(v)] for k, v in (audit.get("sha256") or {}).items() if v]
     hashes += [
         [f"Data list: {w}", _code(data[k])]
         for k, w in (("train_sha256", "train"), ("test_sha256", "test"))
@@ -147,8 +157,20 @@ def provenance(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html
     return tag("div", *made)
 
 
+def _reference(reference: Any) -> str | None:
+    """What stood for never seen: a model, or classes as a model saw them."""
+    if not isinstance(reference, dict):
+        return None
+    if reference.get("kind") == "classes":
+        return (
+            f"the classes {listed(reference.get('classes') or [])}, as {reference.get('path') or 'a model'} sees them"
+        )
+    return f"{reference.get('path') or 'a model'}, trained without the classes"
+
+
 def _of_request(request: dict[str, Any]) -> Html:
-    rows: list[list[object]] = [["Seed", "–" if request.get("seed") is None else request["seed"]]]
+    rows: list[list[object]] = [[title, value] for title, value in _origin(request)]
+    rows.append(["Seed", "–" if request.get("seed") is None else request["seed"]])
     rows.append(["Device", request.get("device") or "–"])
     for title, key in (("Threshold", "thresholds"), ("Chosen", "chosen"), ("Version of", "versions")):
         rows += [[f"{title} {_words(k)}", _plain(v)] for k, v in (request.get(key) or {}).items() if v is not None]
@@ -166,6 +188,11 @@ def _of_request(request: dict[str, Any]) -> Html:
     return tag("details", tag("summary", f"{title}: settings and hashes"), table(title, ("What", "Value"), rows))
 
 
+def _origin(request: dict[str, Any]) -> list[tuple[str, object]]:
+    origin = request.get("origin") or {}
+    return [(title, origin[key]) for key, title in ORIGIN.items() if origin.get(key)]
+
+
 def _words(key: Any) -> str:
     return str(key).replace("_", " ")
 
@@ -175,7 +202,7 @@ def _plain(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{_words(k)} {_plain(v)}" for k, v in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
+    return (", ".join(map(_plain, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
 
 
 def _code(value: Any) -> Html:

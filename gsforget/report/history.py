@@ -19,8 +19,9 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     holds (group norms, gates, what was chosen, seed, versions) is there as long as that folder is.
 
     Returns:
-        ``{"sequence", "classes", "method", "when", "groups", "metrics", "gates", "chosen", "thresholds", "sha256",
-        "data_sha256", "seed", "versions", "device", "purged", "note"}`` per erasure.  Classes are named ``forgotten-N``.
+        ``{"sequence", "classes", "method", "when", "groups", "metrics", "gates", "chosen", "thresholds", "origin", "sha256",
+        "data_sha256", "seed", "versions", "device", "purged", "note"}`` per erasure.  Classes are named ``forgotten-N``;
+        ``origin`` is the id, date and basis of the request where it came in a file, never the requester.
         ``note`` says why a part is missing, else None; ``purged`` is the day on which factors were removed, or None.
 
     Raises:
@@ -45,6 +46,7 @@ def _request(entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         "gates": [],
         "chosen": {},
         "thresholds": {},
+        "origin": {},
         "sha256": {k: entry[k] for k in ("base", "model", "config", "delta", "request") if entry.get(k)},
         "data_sha256": {},
         "seed": None,
@@ -73,6 +75,7 @@ def _request(entry: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         "gates": measured.get("gates", []),
         "chosen": request.get("chosen", {}),
         "thresholds": request.get("thresholds", {}),
+        "origin": {k: v for k, v in (request.get("request") or {}).items() if k in ("id", "date", "basis")},
         "data_sha256": request.get("data_sha256", {}),
         "seed": request.get("settings", {}).get("seed"),
         "versions": {"gsforget": request.get("gsforget"), **request.get("versions", {})},

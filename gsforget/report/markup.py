@@ -95,6 +95,19 @@ def listed(names: Sequence[str], shown: int = 6) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"
 
 
+def moment(time: Any) -> str:
+    """``2026-01-31T12:00:00Z`` as ``2026-01-31 12:00:00``; ``–`` for None."""
+    return str(time).replace("T", " ").removesuffix("Z") if time else "–"
+
+
+def change(before: Any, after: Any) -> str:
+    """The difference of two figures with its sign; ``–`` where one is not measured."""
+    if not (measured(before) and measured(after)):
+        return "–"
+    change = round(after - before, 1) + 0.0
+    return f"{'+' if change > 0 else '−' if change < 0 else '±'}{abs(change):.1f}"
+
+
 VERDICTS = {"pass": ("✓", "pass"), "fail": ("✕", "fail"), "inconclusive": ("?", "inconclusive")}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gsforget.folder import write_file
 from gsforget.report import details, facts, pictures, tables, verdict
-from gsforget.report.markup import Html, plural, tag
+from gsforget.report.markup import Html, moment, plural, tag
 from gsforget.report.pictures import Example
 from gsforget.report.privacy import clean, mask_name
 
@@ -75,7 +75,10 @@ def _subtitle(audit: dict[str, Any]) -> str:
     kind = kinds.get(str(audit.get("kind")), "model")
     behind = audit.get("sequence")
     chain = f", {plural(behind, 'request')} so far" if isinstance(behind, int) else ""
-    return f"{kind[0].upper()}{kind[1:]} {audit.get('subject') or ''}{chain}; {audit.get('tier') or 'unnamed'} audit"
+    day = f" of {moment(audit['time'])[:10]}" if audit.get("time") else ""
+    return (
+        f"{kind[0].upper()}{kind[1:]} {audit.get('subject') or ''}{chain}; {audit.get('tier') or 'unnamed'} audit{day}"
+    )
 
 
 def _sections(

@@ -46,9 +46,8 @@ def section(examples: Sequence[Example]) -> Html:
 
 def _figure(example: Example) -> Html:
     def line(word: str, answer: str, score: float | None) -> Html:
-        return tag(
-            "div", f"{word}: ", tag("b", answer), f" ({number(100 * score, '%', 0)})" if score is not None else ""
-        )
+        share = tag("span", f"({number(100 * score, '%', 0)})", class_="whole") if score is not None else None
+        return tag("div", f"{word}: ", tag("b", answer), " ", share)
 
     picture = tag(
         "img", src=_data_uri(example.image), alt=f"test image, {ROLES[example.role].lower()}", loading="eager"

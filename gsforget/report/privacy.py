@@ -10,7 +10,8 @@ from typing import Any
 
 PROSE = ("says", "not_tested", "note", "reason", "hint", "message", "warnings")
 NAMES = ("name", "class")
-PATHS = ("subject", "original", "reference")
+PATHS = ("subject", "original")
+PLACES = (("data", "root"), ("reference", "path"))
 # An absolute path of POSIX or Windows, not preceded by something that makes it part of a word or an address.
 ABSOLUTE = re.compile(r"(?<![\w.:/\\…])(?:/|~/|[A-Za-z]:[\\/])(?:[^\s/\\:;,'\"<>()]+[/\\])+([^\s/\\:;,'\"<>()]*)")
 
@@ -46,11 +47,12 @@ def clean(audit: dict[str, Any], history: list[dict[str, Any]]) -> tuple[dict[st
     for key in PATHS:
         if audit.get(key):
             audit[key] = shorten_path(str(audit[key]))
-    data = audit.get("data")
-    if isinstance(data, dict) and data.get("root"):
-        data["root"] = shorten_path(str(data["root"]))
+    for key, inner in PLACES:
+        place = audit.get(key)
+        if isinstance(place, dict) and place.get(inner):
+            place[inner] = shorten_path(str(place[inner]))
     mask = _masker(erased)
-    audit = {k: v if k in (*PATHS, "data") else _walk(v, k, mask, erased) for k, v in audit.items()}
+    audit = {k: v if k in (*PATHS, "data", "reference") else _walk(v, k, mask, erased) for k, v in audit.items()}
     return audit, [_walk(request, "", mask, erased) for request in history]
 
 
@@ -59,7 +61,7 @@ def mask_names(audit: dict[str, Any]) -> dict[str, Any]:
     audit = copy.deepcopy(audit)
     erased = _rename(audit)
     mask = _masker(erased)
-    kept = (*PATHS, "data", "artifacts")
+    kept = (*PATHS, "data", "reference", "artifacts")
     return {k: v if k in kept else _walk(v, k, mask, erased, short=False) for k, v in audit.items()}
 
 

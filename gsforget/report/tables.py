@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gsforget.report.charts import bar
-from gsforget.report.markup import Html, measured, number, plural, scroll, table, tag, verdict
+from gsforget.report.markup import Html, change, measured, number, plural, scroll, table, tag, verdict
 from gsforget.report.verdict import strands, total
 
 ROLES = {"forget": "Forgotten in this request", "old": "Forgotten earlier", "retain": "Retained"}
 SHORT = {"forget": "forgotten now", "old": "forgotten earlier", "retain": "retained"}
-BARS = "Before above, after below"
+FIGURES = ("Before", "95 % interval", "After", "95 % interval", "Change", "Before, after")
 LONG = 40  # classes; a longer table stands at the end of the page, and its worst rows at the beginning
 SHOWN = 10  # worst rows
 TITLES = {
@@ -59,13 +59,9 @@ def before_and_after(audit: dict[str, Any]) -> Html:
         "Classes",
         "How many",
         "Test images",
-        "Before",
-        "After",
-        "95 % interval after",
-        "Change",
-        BARS,
+        *FIGURES,
     )
-    made = [table("Right answers on test images", columns, rows, numbers=(1, 2, 3, 4, 5, 6))]
+    made = [table("Right answers on test images", columns, rows, numbers=range(1, 8))]
     if is_long(audit):
         lost = sorted((c for c in classes if c.get("role") == "retain" and _drop(c) > 0), key=_drop, reverse=True)
         if lost:
@@ -93,8 +89,8 @@ def every_class(audit: dict[str, Any]) -> Html:
 
 
 def _per_class(caption: str, classes: Sequence[dict[str, Any]]) -> Html:
-    columns = ("Class", "Role", "Test images", "Before", "After", "95 % interval after", "Change", BARS)
-    return table(caption, columns, map(_class_row, classes), (2, 3, 4, 5, 6), "each")
+    columns = ("Class", "Role", "Test images", *FIGURES)
+    return table(caption, columns, map(_class_row, classes), range(2, 8), "each")
 
 
 def _role_row(audit: dict[str, Any], role: str, title: str) -> list[object] | None:
@@ -102,13 +98,15 @@ def _role_row(audit: dict[str, Any], role: str, title: str) -> list[object] | No
     if not found.classes:
         return None
     before, after = found.percent(found.before), found.percent(found.after)
-    interval: object = "–"
-    if found.after is not None:
-        from gsforget.metrics import wilson
+    counted = [_wilson(right, found.count) for right in (found.before, found.after)]
+    figures = [number(before, "%"), counted[0], number(after, "%"), counted[1]]
+    return [title, found.classes, found.count, *figures, change(before, after), bar(before, after)]
 
-        interval = _interval(*wilson(found.after, found.count))
-    cells = [number(before, "%"), number(after, "%"), interval, _change(before, after), bar(before, after)]
-    return [title, found.classes, found.count, *cells]
+
+def _wilson(right: int | None, count: int) -> str:
+    from gsforget.metrics import wilson
+
+    return _interval(*wilson(right, count)) if right is not None and count else "–"
 
 
 def _class_row(entry: dict[str, Any]) -> list[object]:
@@ -119,9 +117,10 @@ def _class_row(entry: dict[str, Any]) -> list[object]:
         SHORT.get(entry.get("role", ""), "–"),
         count or "none",
         number(before.get("acc"), "%"),
+        _interval(before.get("low"), before.get("high")),
         number(after.get("acc"), "%"),
         _interval(after.get("low"), after.get("high")),
-        _change(before.get("acc"), after.get("acc")),
+        change(before.get("acc"), after.get("acc")),
         bar(before.get("acc"), after.get("acc")),
     ]
 
@@ -133,13 +132,6 @@ def _drop(entry: dict[str, Any]) -> float:
 
 def _interval(low: Any, high: Any) -> str:
     return f"{low:.1f} to {high:.1f}" if measured(low) and measured(high) else "–"
-
-
-def _change(before: Any, after: Any) -> str:
-    if not (measured(before) and measured(after)):
-        return "–"
-    change = round(after - before, 1) + 0.0
-    return f"{'+' if change > 0 else '−' if change < 0 else '±'}{abs(change):.1f}"
 
 
 def checks(audit: dict[str, Any]) -> Html:
@@ -176,6 +168,11 @@ def further(audit: dict[str, Any]) -> Html | None:
         if isinstance(figures, dict) and any(map(measured, figures.values())):
             values = (figures.get("after"), figures.get("original"), figures.get("reference"))
             rows.append([title_of(key), *(number(v, unit) for v in values)])
+    member = found.get("membership") or {}
+    caught = [(member.get(k) or {}).get("tpr") for k in ("after", "original", "reference")]
+    if any(map(measured, caught)):
+        shares = (number(100 * t, "%") if measured(t) else "–" for t in caught)
+        rows.append(["Training images told apart at 1 % false alarms", *shares])
     parts = []
     if rows:
         parts.append(table("Without a limit", ("Figure", "This model", "Original", "Never seen"), rows, (1, 2, 3)))
@@ -196,7 +193,7 @@ def further(audit: dict[str, Any]) -> Html | None:
                 f"{number(churn.get('negative_flips'), '%')} were right and are now wrong.",
             )
         )
-    return tag("details", tag("summary", "Further figures"), *parts) if parts else None
+    return tag("details", tag("summary", "Further figures"), *parts, open="") if parts else None
 
 
 def _check_rows(check: dict[str, Any]) -> list[Html]:

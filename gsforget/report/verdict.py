@@ -89,7 +89,11 @@ def section(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
     """Headline, one sentence per question, and the questions side by side."""
     found = strands(audit)
     answers, features = total(audit, "forget"), found["features"]
-    paragraphs = [_asked(audit, history), _answers(found["answers"], answers), _features(features, audit)]
+    paragraphs = [
+        _asked(audit, history),
+        _answers(found["answers"], answers, total(audit, "old")),
+        _features(features, audit),
+    ]
     for name, title, words in (
         ("recovery", "Learned again: ", _RECOVERY),
         ("membership", "Training images: ", _MEMBERSHIP),
@@ -145,11 +149,13 @@ def _asked(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
     return tag("p", tag("b", "Asked: "), f"that the model forget {what}{earlier}.")
 
 
-def _answers(strand: Strand, measured_: Total) -> Html:
+def _answers(strand: Strand, measured_: Total, old: Total) -> Html:
     after = ""
     if measured_.after is not None:
         was = f" (before: {measured_.before})" if measured_.before is not None else ""
         after = f" It names {measured_.after} of {measured_.count} test images of these classes rightly{was}."
+    if old.after is not None:
+        after += f" Of classes forgotten earlier: {old.after} of {old.count}."
     words = {
         "pass": "gone." + after,
         "fail": "not gone." + after,

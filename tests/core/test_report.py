@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -38,7 +39,8 @@ def document() -> dict:
         "kind": "run",
         "subject": "/home/alice/secret project/runs/forget-0002",
         "original": "/home/alice/secret project/model",
-        "reference": None,
+        "reference": {"kind": "model", "path": "/home/alice/secret project/without"},
+        "time": "2026-01-06T09:30:00Z",
         "sha256": {"model": "a1" * 32, "original": "b2" * 32},
         "sequence": 2,
         "data": {"root": "/home/alice/data/animals", "train_sha256": "c3" * 32, "test_sha256": "d4" * 32},
@@ -72,6 +74,8 @@ def document() -> dict:
             ],
             "interpolation": [{"t": 0.0, "forget": 90, "retain": 95}, {"t": 1.0, "forget": 0, "retain": 94}],
             "neighbours": [{"class": "ant", "drop": 5.0}],
+            "changed": {"blocks": ["blocks.1.mlp"], "of_blocks": 2, "identical": 18, "total": 20},
+            "membership": {"after": {"tpr": 0.034}, "original": {"tpr": 0.21}, "reference": None},
             "feature_map": {
                 "before": {"forget": [[0, 1]], "retain": [[2, 3], [4, 5]]},
                 "after": {"forget": [[1, 1]], "retain": [[2, 3], [4, 5]]},
@@ -166,6 +170,39 @@ def test_all_parts_in_order(write):
     assert "It names 0 of 20 test images of these classes rightly (before: 18)." in page.text
     assert "every check of the full audit passed" in page.text
     assert "Only its line in the ledger is known." in page.text
+
+
+def test_when_and_against_what_it_was_measured(write):
+    text = Page(write()).text
+    assert "full audit of 2026-01-06" in text
+    assert "2026-01-06 09:30:00" in text
+    assert "…/without, trained without the classes" in text
+    audit = document() | {"reference": {"kind": "classes", "classes": ["owl", "elk"], "path": "model"}}
+    assert "the classes owl and elk, as model sees them" in Page(write(audit)).text
+
+
+def test_figures_before_have_their_intervals_and_changes_their_sign(write):
+    audit = document()
+    audit["classes"][0]["before"] |= {"low": 83.9, "high": 100.0}
+    text = Page(write(audit)).text
+    assert "83.9 to 100.0" in text
+    assert "69.9 to 97.2" in text  # Wilson's of 18 of 20, all forgotten classes together
+    assert "−5.0 points" in text  # the neighbour's drop of 5 points
+    assert "Training images told apart at 1 % false alarms 3.4 % 21.0 % –" in text
+    assert "1 block of 2 changed (blocks.1); 18 of 20 tensors" in text
+    assert "Of classes forgotten earlier: 1 of 20." in text
+
+
+def test_a_request_is_known_by_its_id_and_not_by_who_asked(first_run, write, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(first_run[0] / "runs" / "forget-0001", run)
+    request = json.loads((run / "request.json").read_text())
+    asked = {"id": "2026-017", "date": "2026-01-02", "basis": "Art. 17", "requester": "Alice Example"}
+    (run / "request.json").write_text(json.dumps(request | {"request": asked}))
+    text = Page(write(history=read_history(run))).text
+    for words in ("Request 1 came as 2026-017.", "2026-01-02", "Art. 17"):
+        assert words in text
+    assert "Alice" not in text
 
 
 def test_the_word_is_evidence(write):
