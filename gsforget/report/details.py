@@ -31,10 +31,10 @@ WHO = (("subject", "this model"), ("original", "original"), ("reference", "never
 def absent(audit: dict[str, Any], tier: str, what: str) -> Html:
     """Why something is not on the page: the tier that ran, or what the audit says itself."""
     ran = str(audit.get("tier", ""))
-    if TIERS.get(ran, 9) < TIERS[tier]:
-        why = f"the {ran} audit leaves it out; gsforget audit --tier {tier} measures it"
-    elif audit.get("kind") in ("onnx", "engine"):
+    if audit.get("kind") in ("onnx", "engine"):
         why = "the audited file gives no access to what it needs; audit the run folder for it"
+    elif TIERS.get(ran, 9) < TIERS[tier]:
+        why = f"the {ran} audit leaves it out; gsforget audit --tier {tier} measures it"
     else:
         why = "the audit could not measure it here; see “What was not tested”"
     return tag("p", f"{what} not measured: {why}.", class_="absent")

@@ -74,7 +74,7 @@ def _subtitle(audit: dict[str, Any]) -> str:
     kinds = {"run": "run folder", "model": "model folder", "onnx": "ONNX file", "engine": "TensorRT engine"}
     kind = kinds.get(str(audit.get("kind")), "model")
     behind = audit.get("sequence")
-    chain = f", {plural(behind, 'request')} so far" if isinstance(behind, int) else ""
+    chain = f", {plural(behind, 'request')} so far" if isinstance(behind, int) and behind else ""
     day = f" of {moment(audit['time'])[:10]}" if audit.get("time") else ""
     return (
         f"{kind[0].upper()}{kind[1:]} {audit.get('subject') or ''}{chain}; {audit.get('tier') or 'unnamed'} audit{day}"

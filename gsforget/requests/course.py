@@ -133,7 +133,7 @@ def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder)
             request = entry.request(base)
             check_request(request)
             target = resolve_target(request, names, source.erased, data, source.erased_images)
-            retain = [resolve_class(word, names, source.erased) for word in entry.retain]
+            retain = _retained(entry, names, source)
             _refuse_double(target, asked, images, names, data)
             kept |= {k: kept.get(k, entry.label) for k in retain}
             asked |= dict.fromkeys(target.classes, entry.label)
@@ -148,6 +148,18 @@ def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder)
             check_remaining(list(asked), names, source.erased)
         found.append(target)
     return found
+
+
+def _retained(entry: Entry, names: list[str], source: Source) -> list[int]:
+    """Indices of the classes under ``retain``.  Raises RequestError as `resolve_class`; what is gone cannot be retained."""
+    try:
+        return [resolve_class(word, names, source.erased) for word in entry.retain]
+    except RequestError as error:
+        if error.kind == "already_forgotten":
+            error.hint = (
+                "It cannot be retained any more: remove it from retain, or start from a model that still knows it."
+            )
+        raise
 
 
 def _refuse_double(

@@ -64,6 +64,14 @@ def test_a_file_gives_what_two_commands_give(world, served, cli, tmp_path):
     assert cli(served[0], "verify", "runs/forget-0002").status == 0
 
 
+def test_what_an_earlier_run_forgot_cannot_be_retained(world, served, cli):
+    (served[0] / "keep.yaml").write_text("classes: [ant]\nretain: [bee]\n")
+    typed = ("--model", "runs/forget-0001", "--data", world.data, "--request", "keep.yaml")
+    found = cli(served[0], "forget", *typed)
+    assert (found.status, found.document["error"]["kind"]) == (2, "already_forgotten")
+    assert "remove it from retain" in found.document["error"]["hint"]
+
+
 def test_a_failed_gate_ends_the_course(world, cli, tmp_path):
     entries = [{"id": "a", "classes": ["bee"]}, {"id": "b", "classes": ["cat"], "max_forget_acc": -1}, {"classes": [0]}]
     (tmp_path / "r.json").write_text(json.dumps(entries))

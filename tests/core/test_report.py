@@ -310,6 +310,14 @@ def test_what_is_missing_is_said_with_its_reason(write, tier):
     assert "None" not in page.text
 
 
+def test_a_file_is_not_promised_what_only_weights_can_show(write):
+    audit = {"tier": "quick", "kind": "onnx", "verdict": "inconclusive", "sequence": 0}
+    text = Page(write(audit, [])).text
+    assert "--tier" not in text
+    assert "audit the run folder for it" in text
+    assert "0 requests" not in text
+
+
 @pytest.mark.parametrize("path", sorted(document()) + [f"details.{k}" for k in sorted(document()["details"])])
 @pytest.mark.parametrize("absent", [None, "gone"])
 def test_any_field_may_be_null_or_absent(write, path, absent):
