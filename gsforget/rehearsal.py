@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 DISTANCE = 0.1  # the average step, per root mean square of the tensor; drawn from 0.2 to 1.8 times this
+EVERY = 2  # steps from one rehearsal to the next
 SOFT = 0.1  # gradients this small, per root mean square of their tensor, count half
 
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gsforget import control
+from gsforget import control, rehearsal
 from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
 from gsforget.data import available_memory
 from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, find_classifier
+from gsforget.gates import paired_drop
 from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups
@@ -86,6 +87,15 @@ class Trained:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Good:
+    """Where validation was satisfied: what it said, the flat factors, and how deep the training went."""
+
+    watch: Watch
+    factors: Tensor
+    depth: float
+
+
 class Loop:
     """One request's training.  The model's own parameters are never written to."""
 
@@ -133,7 +143,7 @@ class Loop:
         self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
         self.lengths = self.groups.lengths.to(self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
-        self.step = 0
+        self.step, self.depth = 0, control.DEPTHS[0]
         self.trained = Trained(self.groups, {})
 
     def run(self) -> Trained:
@@ -164,6 +174,7 @@ class Loop:
             "steps_select": selected,
             "steps": self.step,
             "stages": stages,
+            "depth": self.depth if self.objective.deepens else None,
             "forgotten_again": self.earlier.again,
             "reused_outputs": kept,
         }
@@ -177,12 +188,15 @@ class Loop:
             self._report("select", losses, None)
 
     def _settle_until_satisfied(self) -> int:
+        """Stages until validation is satisfied, then deeper ones while it sees no loss at all; the last good one counts."""
         per_epoch = -(-len(self.pools["retain"]) // max(1, self.batch_retain))
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
         limit = control.STAGES if len(self.val) else control.STAGES_UNSEEN
         weights = weights_from(self.model, self._first_layer(), self.probe[:2]) if self.objective.duel else []
         self.rehearsal = Rehearsal(weights, s.seed)
+        deeper = [*control.DEPTHS[1:]] if self.objective.deepens else []
+        good, tries = None, 0  # the last stage that was good, and how many deeper ones failed since
         for stage in range(1, 2 if s.epochs is not None else limit + 1):
             for k in range(length):
                 losses = self._train_step(s.lr * (1 - k / length), self.objective.duel)
@@ -191,11 +205,27 @@ class Loop:
                 continue
             watch, earlier = self._watch(), self.trained.watches[-2:-1]
             self._forget_again(watch.returned)
-            if watch.satisfied(s.max_forget_acc, s.max_retain_drop):
-                break
-            if earlier and watch.stuck(earlier[0], s.max_forget_acc):
+            allowed = s.max_retain_drop if good is None else min(0.0, s.max_retain_drop)
+            if watch.satisfied(s.max_forget_acc, allowed):
+                good = _Good(watch, self.groups.flat.detach().clone(), self.depth)
+                if not deeper or not watch.satisfied(s.max_forget_acc, min(0.0, s.max_retain_drop)):
+                    break
+                self.depth, tries = deeper.pop(0), 0
+            elif good and good.watch.active == watch.active:
+                tries += 1
+                if tries > control.RETRIES or stage == limit:
+                    self._restore(good)
+                    break
+            elif earlier and watch.stuck(earlier[0], s.max_forget_acc):
                 break
         return stage
+
+    def _restore(self, good: _Good) -> None:
+        """Go back to where validation was satisfied."""
+        with torch.no_grad():
+            self.groups.flat.copy_(good.factors)
+        self.depth = good.depth
+        self.trained.watches.append(good.watch)
 
     def _train_step(self, lr: float, duel: Duel | None = None) -> Losses:
         warm = self.step < control.WARMUP
@@ -203,7 +233,7 @@ class Loop:
         losses = self._losses(rows)
         self.groups.grad.zero_()
         losses.total.backward()
-        if duel is not None:
+        if duel is not None and self.step % rehearsal.EVERY == 0:
             self._rehearse(duel, rows[self.forget[rows]])
         self.step += 1
         g = self.groups
@@ -300,7 +330,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        losses = self.objective.losses(self._see(rows), rows.to(self.device))
+        losses = self.objective.losses(self._see(rows), rows.to(self.device), self.depth)
         if not torch.isfinite(losses.total):
             raise GsforgetError(
                 f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
@@ -312,14 +342,17 @@ class Loop:
     def _watch(self) -> Watch:
         """Validation accuracies that decide, on all validation images."""
         old = self._right(self.earlier.val)
-        watch = self._validate(self.val, _percent(old), self._returned(old))
+        watch = self._validate(self.val, _percent(old), self._returned(old), self._leak())
         self.trained.watches.append(watch)
         return watch
 
-    def _validate(self, rows: Tensor, old: float | None = None, returned: Sequence[int] = ()) -> Watch:
+    def _validate(
+        self, rows: Tensor, old: float | None = None, returned: Sequence[int] = (), leak: float | None = None
+    ) -> Watch:
         right, before, forget = self._right(rows), self.right_before[rows.to(self.device)].cpu(), self.forget[rows]
         accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
-        watch = Watch(self.step, *accuracies, int((~forget).sum()), self._alive(), old, list(returned))
+        drop = paired_drop(before[~forget].numpy(), right[~forget].numpy())[1] if (~forget).any() else None
+        watch = Watch(self.step, *accuracies, drop, self._alive(), old, list(returned), leak)
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
 
@@ -328,6 +361,12 @@ class Loop:
         if not len(rows):
             return torch.zeros(0, dtype=torch.bool)
         return self.task.correct(self.seen_of(rows).outputs, self.labels[rows.to(self.device)]).cpu()
+
+    def _leak(self) -> float | None:
+        """Percent of validation images to forget whose class a fresh probe names in the features; None without a look."""
+        rows = self.val[self.forget[self.val]]
+        named = self.objective.named(self.seen_of(rows), rows.to(self.device)) if len(rows) else None
+        return None if named is None else _percent(named)
 
     def _returned(self, right: Tensor) -> list[int]:
         return self.earlier.returned(right, self.settings.max_forget_acc)

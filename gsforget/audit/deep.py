@@ -161,7 +161,13 @@ def imprinted(a: Attacked, seed: int) -> Attacked:
     bias = None if head.bias is None else head.bias.double().cpu().numpy()
     labels = a.train.labels[torch.from_numpy(a.rows)].numpy()
     weight, offset = probes.imprint(
-        head.weight.double().cpu().numpy(), bias, attacked, labels, a.classes, others if len(others) else None
+        head.weight.double().cpu().numpy(),
+        bias,
+        attacked,
+        labels,
+        a.classes,
+        others if len(others) else None,
+        a.train.labels[torch.from_numpy(a.retained)].unique().tolist(),
     )
     head.weight.copy_(torch.from_numpy(weight))
     if head.bias is not None:

@@ -185,6 +185,7 @@ def rows_replaced(view: View, e: Evidence) -> float | None:
         view.tested,
         retained_features=others if len(others) else None,
         seed=e.case.ask.seed,
+        in_use=e.case.retained,
     )
 
 

@@ -109,6 +109,7 @@ def prototype_attack(
     shots: int = SHOTS,
     draws: int = DRAWS,
     seed: int = 0,
+    in_use: Sequence[int] | None = None,
 ) -> float:
     """Percent of the forgotten classes' test images named again once their rows of the head are replaced; no training.
 
@@ -126,6 +127,8 @@ def prototype_attack(
         shot_features, shot_labels: [M, d], int [M], training images of the forgotten classes.
         retained_features: [R, d], any images of retained classes; None takes the origin in place of their mean.
         shots, draws, seed: as in `five_shot`.
+        in_use: classes whose rows say what a usual row is, such as the retained ones: rows that a model never trained
+            are far shorter, and a new row measured by them would never win.  None: all but the forgotten.
 
     Raises:
         ValueError: a forgotten class has no shot, or no test image is left.
@@ -139,7 +142,7 @@ def prototype_attack(
     for rows in _draws(truth, forgotten, shots, draws, seed):
         means = class_means(pool[rows], truth[rows], forgotten)
         for share in mixtures:
-            new, new_offset = _replaced(*head, means, forgotten, centre, share)
+            new, new_offset = _replaced(*head, means, forgotten, centre, share, in_use)
             named = (test @ new.T + new_offset).argmax(axis=1)
             figures.append(100 * (named == answer).mean())
     return float(np.reshape(figures, (-1, len(mixtures))).mean(axis=0).max())
@@ -152,6 +155,7 @@ def imprint(
     labels: ArrayLike,
     forgotten: Sequence[int],
     retained_features: ArrayLike | None = None,
+    in_use: Sequence[int] | None = None,
 ) -> tuple[Array, Array]:
     """The head with the forgotten classes' rows replaced by their class means, as in `prototype_attack` with alpha 1.
 
@@ -159,13 +163,14 @@ def imprint(
         weight, bias: the head, [K, d] and [K] or None.
         features, labels: [M, d], int [M], images of the forgotten classes, at least one each.
         retained_features: [R, d], any images of retained classes.
+        in_use: as in `prototype_attack`.
 
     Returns:
         Weight [K, d] and bias [K], float64.
     """
     head = _head(weight, bias)
     centre = np.zeros(head[0].shape[1]) if retained_features is None else _finite(retained_features).mean(axis=0)
-    return _replaced(*head, class_means(features, labels, forgotten), forgotten, centre, 1.0)
+    return _replaced(*head, class_means(features, labels, forgotten), forgotten, centre, 1.0, in_use)
 
 
 def linear_probe(
@@ -329,11 +334,17 @@ def _finite(features: ArrayLike) -> Array:
 
 
 def _replaced(
-    weight: Array, bias: Array, means: Array, forgotten: Sequence[int], centre: Array, share: float
+    weight: Array,
+    bias: Array,
+    means: Array,
+    forgotten: Sequence[int],
+    centre: Array,
+    share: float,
+    in_use: Sequence[int] | None,
 ) -> tuple[Array, Array]:
     """Head with new rows for the forgotten classes; see `prototype_attack` for their length and bias."""
     where = np.asarray(list(forgotten), dtype=np.int64)
-    others = np.setdiff1d(np.arange(len(weight)), where)
+    others = np.setdiff1d(np.arange(len(weight)) if in_use is None else np.asarray(list(in_use), np.int64), where)
     length = np.median(np.linalg.norm(weight[others if len(others) else where], axis=1))
     level = np.median(weight[others] @ centre + bias[others]) if len(others) else 0.0
     new, new_bias = weight.copy(), bias.copy()

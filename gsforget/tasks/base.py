@@ -43,8 +43,20 @@ class Duel:
 class Objective(Protocol):
     """The losses of one request, fixed by what the model before the request makes of all images."""
 
-    def losses(self, seen: Seen, rows: Tensor) -> Losses:
-        """Losses of a batch: what the model in training makes of the images `rows`, int64 [B] on its device."""
+    def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
+        """Losses of a batch: what the model in training makes of the images `rows`, int64 [B] on its device.
+
+        `depth` weighs what is taken from the features against the rest; without effect where `deepens` is False.
+        """
+        ...
+
+    @property
+    def deepens(self) -> bool:
+        """Whether more can be taken from the features than is at first."""
+        ...
+
+    def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
+        """Whether a fresh probe on the features names the images `rows`, bool [B]; None where features are not looked at."""
         ...
 
     @property

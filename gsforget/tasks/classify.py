@@ -25,8 +25,8 @@ from gsforget.tasks.base import Duel, Losses, Seen
 
 ASCENT_WEIGHT = 0.2
 PUSH_WEIGHT, PUSH_BOUND = 0.3, 2.0  # the bound is a distance as in `prototypes`: 2 is that of two unrelated images
-PULL_WEIGHT = 0.3
-SEPARABILITY_WEIGHT = 0.2
+PULL_WEIGHT = 1.0
+SEPARABILITY_WEIGHT = 0.05  # at depth 1
 
 
 def default_bound(num_classes: int) -> float:
@@ -86,15 +86,18 @@ class FeatureObjective:
     @classmethod
     def of(cls, task: Classification, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> FeatureObjective:
         features = before.features.float()
+        wanted = torch.isin(labels, torch.tensor(task.forget, device=labels.device))
         held = [
             Prototypes.of(features[train], labels[train], ~forget[train], task.num_classes, task.weights_sha256),
             features,
-            Separability(features, labels, train, list(task.forget)),
-            torch.isin(labels, torch.tensor(task.forget, device=labels.device)),
+            Separability(features, labels, train, wanted),
+            wanted,
         ]
         return cls(*held)
 
-    def losses(self, features: Tensor, rows: Tensor, labels: Tensor, forget: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, features: Tensor, rows: Tensor, labels: Tensor, forget: Tensor, depth: float
+    ) -> tuple[Tensor, Tensor]:
         """Pull of retained images, and push and separability of forgotten ones: two scalars."""
         # Of classes forgotten earlier that came back there are no prototypes: their answers are unlearned again, no more.
         now = forget & self.wanted[rows]
@@ -102,7 +105,7 @@ class FeatureObjective:
         away = self.prototypes.distances(features[now], labels[now])
         pull = PULL_WEIGHT * (kept.mean() if len(kept) else kept.sum())
         push = PUSH_WEIGHT * _mean((PUSH_BOUND - away).relu())
-        return pull, push + SEPARABILITY_WEIGHT * self.separability.loss(features, rows, now)
+        return pull, push + depth * SEPARABILITY_WEIGHT * self.separability.loss(features, rows, now)
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,21 @@ class ClassificationObjective:
         ascent = (self.bound - cross_entropy(outputs, self.labels[rows], reduction="none")).relu()
         return _mean(distance) + ASCENT_WEIGHT * _mean(ascent)
 
-    def losses(self, seen: Seen, rows: Tensor) -> Losses:
+    @property
+    def deepens(self) -> bool:
+        return self.features is not None
+
+    def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
+        """By the opponent of the training, see `separability`."""
+        return self.features.separability.named(seen.features, self.labels[rows]) if self.features else None
+
+    def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
         """Each a mean over its images."""
         labels, forget, outputs = self.labels[rows], self.forget[rows], seen.outputs.float()
         retain = _mean(cross_entropy(outputs[~forget], self.targets[rows[~forget]], reduction="none"))
         forgotten = self._forgotten(outputs[forget], rows[forget])
         if self.features is not None:
-            pull, push = self.features.losses(seen.features.float(), rows, labels, forget)
+            pull, push = self.features.losses(seen.features.float(), rows, labels, forget, depth)
             retain, forgotten = retain + pull, forgotten + push
         return Losses(retain + forgotten, retain, forgotten)
 

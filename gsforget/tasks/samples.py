@@ -67,8 +67,13 @@ class SingleImagesObjective:
     targets: Tensor
     forget: Tensor
     duel: None = None
+    deepens: bool = False
 
-    def losses(self, seen: Seen, rows: Tensor) -> Losses:
+    def named(self, seen: Seen, rows: Tensor) -> None:
+        del seen, rows
+
+    def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
+        del depth
         forget = self.forget[rows]
         distance = cross_entropy(seen.outputs.float(), self.targets[rows], reduction="none")
         retain, forgotten = _mean(distance[~forget]), _mean(distance[forget])

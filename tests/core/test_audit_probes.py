@@ -152,6 +152,14 @@ def test_prototype_attack_by_hand():
     assert prototype_attack(weight, None, shot, of_shot, test, answer, [2], alpha=(0, 1, 0.5)) == 100
 
 
+def test_rows_that_were_never_trained_do_not_set_the_measure():
+    # Classes 0 and 1 are retained, 3 and 4 were never trained and have short rows, which are the majority.
+    weight = [[2, 0, 0], [0, 2, 0], [0, 0, 0], [1e-3, 0, 0], [0, 1e-3, 0], [0, 1e-3, 0]]
+    attack = (weight, None, [[0, 0, 5.0]], [2], [[1, 0, 1.5], [0, 0.2, 1]], [2, 2], [2])
+    assert prototype_attack(*attack, alpha=1) == 0  # a row of length 1e-3 wins nothing
+    assert prototype_attack(*attack, alpha=1, in_use=[0, 1]) == 100
+
+
 def test_no_class_wins_by_its_bias_alone():
     (weight, bias), _ = masked_head()
     train, labels = blobs(200, 0)

@@ -130,7 +130,7 @@ def test_push_pull_and_separability_add_up():
     scale = features[~forget].std(0, unbiased=False)
     pull = (((now - features)[~forget] / scale) ** 2).mean()
     away = (((now - features[forget].mean(0))[forget] / scale) ** 2).mean(1)
-    separability = Separability(features, labels, rows, [0])
+    separability = Separability(features, labels, rows, forget)
     least = SEPARABILITY_WEIGHT * separability.loss(now, rows, forget)
     push = PUSH_WEIGHT * (PUSH_BOUND - away).relu().mean()
     torch.testing.assert_close(got.retain, plain.retain + PULL_WEIGHT * pull)
