@@ -1,7 +1,7 @@
 """One request by a baseline, measured as `forget_demo.cell` measures gsforget's own, and kept as a folder to audit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 import gsforget
 from gsforget.api import open_model_and_data
-from gsforget.audit.probes import five_shot, linear_probe
+from gsforget.audit.probes import five_shot, linear_probe, prototype_attack
 from gsforget.baselines.base import BaselineRequest, Result
 from gsforget.classes import resolve_classes
 from gsforget.data import ImageSet
@@ -50,7 +50,7 @@ def baseline_cell(
         "seed": seed,
         "epochs": epochs,
         **accuracies(said, test, wanted, sorted(source.erased)),
-        **probes(source.model, train, test, wanted),
+        **probes(source.model, train, test, wanted, sorted(source.erased)),
         "groups": len(result.norms),
         "groups_near_zero": sum(norm < NEAR_ZERO for norm in result.norms),
         "norms": [round(norm, 5) for norm in result.norms],
@@ -69,16 +69,33 @@ def opened(model: Path, data: Path, classes: tuple[str, ...]) -> tuple[Source, l
     return source, resolve_classes(list(classes), source.names, source.erased) if classes else [], *sets
 
 
-def probes(model: torch.nn.Module, train: ImageSet, test: ImageSet, forgotten: list[int]) -> dict:
-    """What a fresh linear probe and an attacker with five images per class find of some classes in the features, percent."""
+def probes(
+    model: torch.nn.Module, train: ImageSet, test: ImageSet, forgotten: list[int], earlier: Sequence[int] = ()
+) -> dict:
+    """What a fresh linear probe and attackers with five images per class find of some classes in the features, percent.
+
+    Classes forgotten `earlier` take no part, as in the audit.
+    """
     classifier = find_classifier(model.eval(), train.batch(torch.arange(2)))
 
     def features(images: ImageSet) -> np.ndarray:
         pieces = torch.arange(len(images)).split(256)
         return torch.cat([features_and_logits(model, classifier, images.batch(r))[0] for r in pieces]).numpy()
 
-    known = features(train), train.labels.numpy(), features(test), test.labels.numpy(), forgotten
-    return {"linear_probe": linear_probe(*known), "five_shot": five_shot(*known)}
+    here = [~of_classes(images.labels, earlier) for images in (train, test)]
+    x, y, a, b = (features(train)[here[0]], train.labels.numpy()[here[0]], features(test), test.labels.numpy())
+    known = x, y, a[here[1]], b[here[1]], forgotten
+    mine, layer = of_classes(y, forgotten), model.get_submodule(classifier)
+    attack = prototype_attack(
+        layer.weight.detach().numpy(),
+        layer.bias.detach().numpy(),
+        x[mine],
+        y[mine],
+        *known[2:],
+        retained_features=x[~mine],
+        in_use=np.unique(y[~mine]),
+    )
+    return {"linear_probe": linear_probe(*known), "five_shot": five_shot(*known), "prototype_attack": attack}
 
 
 @torch.inference_mode()

@@ -33,14 +33,29 @@ SHOTS = (1, 2, 4, 16)
 
 
 def cell(
-    model: Path, data: Path, classes: tuple[str, ...], runs: Path | None, shots: int | None = None, **settings
+    model: Path,
+    data: Path,
+    classes: tuple[str, ...],
+    runs: Path | None,
+    shots: int | None = None,
+    reference: Path | None = None,
+    method: str | None = None,
+    **settings,
 ) -> dict:
     """One request: its figures, and what perfect forgetting with unchanged retention would give."""
     outcome = gsforget.forget(
-        model, data, list(classes), settings=Settings(**settings), shots=shots, device="cpu", runs=runs
+        model,
+        data,
+        list(classes),
+        settings=Settings(**settings),
+        shots=shots,
+        reference=reference,
+        method=method,
+        device="cpu",
+        runs=runs,
     )
     document, metrics = outcome.document, outcome.metrics
-    m = document["metrics"]
+    m, attacks = document["metrics"], metrics["audit"]
     return {
         "classes": list(classes),
         "seed": settings.get("seed", 0),
@@ -50,6 +65,11 @@ def cell(
         "retain_drop": m["retain_acc_before"] - m["retain_acc_after"],
         "active": len(document["groups"]["active"]),
         "groups": document["groups"]["total"],
+        **document["audit"],
+        "attacks": {k: attacks[k] for k in ("original", "reference")},
+        "forgotten_again": len(document["forgotten_again"]),
+        "stages": metrics["chosen"]["stages"],
+        "depth": metrics["chosen"]["depth"],
         "train_seconds": document["seconds"]["train"],
         "total_seconds": document["seconds"]["total"],
         "merge_difference": metrics["merge"]["max_logit_difference"],
@@ -129,8 +149,15 @@ class Store:
             return
         start = time.time()
         self.content["cells"][key] = without_paths(run(*args, **kwargs))
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        self.save()
         print(f"{key}: {time.time() - start:.0f} s", flush=True)
+
+    def save(self) -> None:
+        """Write the cells, beside those that another process has stored in the meantime."""
+        if self.path.is_file():
+            there = json.loads(self.path.read_text())["cells"]
+            self.content["cells"] = {**there, **self.content["cells"]}
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
     def cells(self, prefix: str) -> dict[str, dict]:
         return {k: v for k, v in self.content["cells"].items() if k.startswith(f"{prefix}/")}

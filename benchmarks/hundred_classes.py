@@ -1,154 +1,166 @@
-"""The same defaults on 100 classes: characters in real fonts, four requests of 20 classes in a row.
+"""The same defaults on 100 classes: four requests of 20 classes in a row, with full audits; few images; classes without any.
 
-    apt-get install fonts-noto-core fonts-cmu fonts-lato fonts-roboto-unhinted fonts-open-sans fonts-freefont-ttf \\
-        fonts-liberation fonts-linuxlibertine fonts-sil-gentium fonts-ebgaramond fonts-dejavu-extra fonts-firacode
-    python benchmarks/hundred_classes.py --dir characters     # set and model in 15 minutes, then a minute a request
+    python benchmarks/characters.py --dir characters          # the set and its models, once
+    python benchmarks/hundred_classes.py --dir characters     # all parts; --part and --seeds for less
+    python benchmarks/hundred_classes.py --print              # the stored figures
 
-A stand-in, named as one: each class is a character, each image one font's drawing of it, fonts of the test images do not
-occur among the training images.  Cells are stored in `benchmarks/results/hundred_classes.json` as they are measured.
+Parts: `sequence` (GS-LoRA++, the default, with `gsforget audit --tier full` of each run), `gs-lora` (the method without
+prototypes), `shots` (4 images per class), `missing` (5 retained classes without training images) and `floors` (what
+probes find in models that never saw the classes).  Cells are stored in `benchmarks/results/hundred_classes.json` as they
+are measured; a run folder that is gone is made again.
 """
 
 import argparse
-import random
-from collections.abc import Collection
+import json
+import os
 from pathlib import Path
 
-import numpy as np
-import timm
-import torch
+from baseline_cell import opened, probes
+from characters import REQUESTS, class_requests, references
 from forget_demo import ROOT, Store, cell, spread
-from PIL import Image, ImageDraw, ImageFont
-from PIL.ImageFont import FreeTypeFont
 
-from gsforget.export.device.preprocess import Preprocess
-from gsforget.folder import ModelConfig, is_model_folder, save_model
+import gsforget
+from gsforget.folder import is_model_folder
 
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφψω&@#%?!$+*=<>"
-TRAIN_FONTS, TEST_FONTS = 60, 20
-SIZE = 28
-KWARGS = {"img_size": SIZE, "patch_size": 7, "embed_dim": 96, "depth": 8, "num_heads": 4, "in_chans": 1}
-ORDER_SEED = 1337  # the class order of the GS-LoRA release; classes are taken from the end
 SEEDS = (0, 1, 2)
 RESULTS = ROOT / "benchmarks" / "results" / "hundred_classes.json"
+SHOTS, MISSING = 4, 5
+JUDGED = ("linear_probe_excess", "prototype_attack", "five_shot", "mia_auc", "relearn_full", "relearn_retain")
 
 
-def class_name(character: str) -> str:
-    return f"u{ord(character):04x}"
+def chain(store: Store, root: Path, part: str, seed: int, data: Path, tier: str | None = None, **options) -> None:
+    """Requests in a row; run folders lie in DIR/runs-PART-SEED."""
+    folder, runs = root / "model", root / f"runs-{part}-{seed}"
+    for n, classes in enumerate(class_requests(), 1):
+        key, out = f"{part}/{seed}/{n}", runs / f"forget-{n:04d}"
+        if not is_model_folder(out):
+            store.content["cells"].pop(key, None)
+        reference = root / f"never-seen-{n}"
+        store.measure(key, request, folder, data, classes, runs, seed, reference, tier, **options)
+        folder = out
+        if not is_model_folder(out):
+            break  # a gate was breached
 
 
-def class_requests(count: int = 4) -> list[tuple[str, ...]]:
-    """The classes of the first requests, 20 each, in the order of the published protocol."""
-    order = sorted(class_name(c) for c in CHARACTERS)
-    random.Random(ORDER_SEED).shuffle(order)
-    return [tuple(order[80 - 20 * n : 100 - 20 * n]) for n in range(count)]
+def request(
+    model: Path,
+    data: Path,
+    classes: tuple[str, ...],
+    runs: Path,
+    seed: int,
+    reference: Path,
+    tier: str | None,
+    **options,
+) -> dict:
+    """One request with what its own attacks found, and what an audit says next to a model that never saw the classes."""
+    figures = cell(model, data, classes, runs, seed=seed, reference=reference, **options)
+    if tier is None or figures["verdict"] != "pass":
+        return figures
+    document = gsforget.audit_model(
+        figures["folder"], data, tier=tier, reference=reference, original=model, device="cpu", seed=seed
+    )
+    checks = {
+        c["name"]: {k: c[k] for k in ("value", "original", "reference", "threshold", "verdict")}
+        for c in document["checks"]
+    }
+    relearned = {k: document["details"]["relearning"]["full"][k] for k in ("steps", "subject", "reference")}
+    return {
+        **figures,
+        "audit_verdict": document["verdict"],
+        "audit_seconds": document["seconds"],
+        "checks": checks,
+        "relearning": relearned,
+    }
 
 
-def usable_fonts() -> list[Path]:
-    """Fonts that draw all 100 characters, no two of one name, in a seeded order."""
-    from fontTools.ttLib import TTFont, TTLibError
-
-    found = {}
-    for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
-        try:
-            covered = TTFont(path, lazy=True).getBestCmap() or {}
-        except TTLibError:
-            continue
-        if all(ord(c) in covered for c in CHARACTERS):
-            found.setdefault(path.stem, path)
-    fonts = [found[name] for name in sorted(found)]
-    random.Random(0).shuffle(fonts)
-    return fonts
+def missing_data(root: Path) -> tuple[Path, list[str]]:
+    """The images without the training images of five classes that are retained to the end, as links; and these classes."""
+    gone = sorted(set(p.name for p in (root / "data" / "train").iterdir()) - set(sum(class_requests(), ())))[:MISSING]
+    place = root / "data-missing"
+    for split in ("train", "test"):
+        (place / split).mkdir(parents=True, exist_ok=True)
+        for folder in (root / "data" / split).iterdir():
+            link = place / split / folder.name
+            if not link.is_symlink() and not (split == "train" and folder.name in gone):
+                os.symlink(folder.resolve(), link)
+    return place, gone
 
 
-def draw(character: str, font: FreeTypeFont, rng: np.random.Generator) -> Image.Image:
-    """Light on dark, turned by up to 15 degrees, in 65 to 100 % of the size, off the centre, with noise.
-
-    Without this the set is too easy to show anything: a network that never saw a class names it as well as one that did.
-    """
-    left, top, right, bottom = font.getbbox(character)
-    canvas = Image.new("L", (96, 96))
-    ImageDraw.Draw(canvas).text((48 - (left + right) / 2, 48 - (top + bottom) / 2), character, font=font, fill=255)
-    angle, scale, (dx, dy) = np.radians(rng.uniform(-15, 15)), 1 / rng.uniform(0.65, 1.0), rng.uniform(-7, 7, 2)
-    a, b = scale * np.cos(angle), scale * np.sin(angle)
-    matrix = (a, b, 48 - a * (48 + dx) - b * (48 + dy), -b, a, 48 + b * (48 + dx) - a * (48 + dy))
-    turned = canvas.transform(canvas.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    pixels = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
-    noisy = rng.uniform(0.6, 1) * pixels + rng.normal(30, 25, pixels.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-def make_images(root: Path) -> None:
-    fonts = usable_fonts()
-    if len(fonts) < TRAIN_FONTS + TEST_FONTS:
-        raise SystemExit(
-            f"{len(fonts)} fonts draw all characters, {TRAIN_FONTS + TEST_FONTS} are needed: install those above"
-        )
-    for number, path in enumerate(fonts[: TRAIN_FONTS + TEST_FONTS]):
-        font = ImageFont.truetype(str(path), 64)
-        for character in CHARACTERS:
-            folder = root / ("train" if number < TRAIN_FONTS else "test") / class_name(character)
-            folder.mkdir(parents=True, exist_ok=True)
-            draw(character, font, np.random.default_rng([number, ord(character)])).save(folder / f"{path.stem}.png")
+def missing(store: Store, root: Path, seed: int) -> None:
+    """Accuracy of retained classes without training images, over all four requests."""
+    data, gone = missing_data(root)
+    chain(store, root, "missing", seed, data)
+    metrics = [root / f"runs-missing-{seed}" / f"forget-{n:04d}" / "metrics.json" for n in range(1, REQUESTS + 1)]
+    found = [json.loads(path.read_text())["classes"] for path in metrics if path.is_file()]
+    for n, classes in enumerate(found, 1):
+        row = store.content["cells"][f"missing/{seed}/{n}"]
+        first = {c["name"]: c["before"] for c in found[0]}
+        mine = [c["name"] for c in classes if c["name"] in gone]
+        now = {c["name"]: c["after"] for c in classes}
+        row["missing_acc_first"] = 100 * sum(first[k]["right"] for k in mine) / sum(first[k]["count"] for k in mine)
+        row["missing_acc_after"] = 100 * sum(now[k]["right"] for k in mine) / sum(now[k]["count"] for k in mine)
+    store.save()
 
 
-def load_split(root: Path, names: list[str], prepare: Preprocess) -> tuple[torch.Tensor, torch.Tensor]:
-    files = [(p, i) for i, name in enumerate(names) for p in sorted((root / name).glob("*.png"))]
-    images = torch.from_numpy(np.stack([prepare.load(p) for p, _ in files]))
-    return images, torch.tensor([i for _, i in files])
+def floors(store: Store, root: Path) -> None:
+    """Probes of the classes of each request in models that never saw them, of both kinds."""
+    requests = class_requests()
+    for folder in references(root):
+        if is_model_folder(folder):
+            store.measure(f"floors/{folder.name}", floor, folder, root / "data", requests, int(folder.name[-1]))
 
 
-def train_model(data: Path, folder: Path, epochs: int = 60, without: Collection[str] = ()) -> None:
-    """Train from random weights on all classes but those in `without`, whose rows of the head learn nothing."""
-    torch.manual_seed(0)
-    names = sorted(class_name(c) for c in CHARACTERS)
-    config = ModelConfig("vit_tiny_patch16_224", KWARGS, names, (1, SIZE, SIZE), (0.2,), (0.35,), "bilinear")
-    prepare = Preprocess.from_dict(config.to_json())
-    x, y = load_split(data / "train", names, prepare)
-    seen = torch.tensor([names[i] not in without for i in y.tolist()])
-    x, y = x[seen], y[seen]
-    model = timm.create_model(config.architecture, num_classes=len(names), **KWARGS)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    steps = epochs * (len(x) // 100)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(x))[: len(x) // 100 * 100].split(100):
-            dy, dx = torch.randint(-2, 3, (2,)).tolist()
-            logits = model(torch.roll(x[rows], (dy, dx), (2, 3)))
-            loss = torch.nn.functional.cross_entropy(logits, y[rows], label_smoothing=0.1)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        print(f"epoch {epoch} loss {loss.item():.3f}", flush=True)
-    folder.mkdir(parents=True)
-    save_model(model.state_dict(), config, folder)
+def floor(folder: Path, data: Path, requests: list[tuple[str, ...]], n: int) -> dict:
+    source, wanted, train, test = opened(folder, data, requests[n - 1])
+    earlier = [source.names.index(name) for part in requests[: n - 1] for name in part]
+    return probes(source.model, train, test, wanted, earlier)
+
+
+def report(store: Store) -> None:
+    keys = ("forget_acc_after", "old_acc_after", "retain_drop", "h_mean", "h_ideal", "active", "linear_probe")
+    keys += (
+        "linear_probe_excess",
+        "prototype_attack",
+        "mia_auc",
+        "missing_acc_first",
+        "missing_acc_after",
+        "train_seconds",
+    )
+    for part in ("sequence", "gs-lora", "shots", "missing"):
+        for n in range(1, REQUESTS + 1):
+            rows = [row for key, row in store.cells(part).items() if key.endswith(f"/{n}")]
+            figures = {k: [r[k] for r in rows if r.get(k) is not None] for k in keys}
+            if rows:
+                print(f"{part}, request {n} (n={len(rows)}):", {k: spread(v) for k, v in figures.items() if v})
+            for name in JUDGED if rows and "checks" in rows[0] else ():
+                judged = [r["checks"][name] for r in rows if "checks" in r]
+                values = [(c["value"], c["reference"], c["verdict"]) for c in judged]
+                print(f"    {name}: ", values)
+    for key, row in store.cells("floors").items():
+        print(key, row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("characters"))
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=["sequence", "gs-lora", "shots", "missing", "floors", "all"], default="all")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
+    parser.add_argument("--print", action="store_true")
     args = parser.parse_args()
-    if not (args.dir / "data" / "test").is_dir():
-        make_images(args.dir / "data")
-    if not is_model_folder(args.dir / "model"):
-        train_model(args.dir / "data", args.dir / "model")
-    requests = class_requests(args.requests)
-    store = Store(RESULTS, False)
-    for seed in SEEDS[: args.seeds]:
-        folder = args.dir / "model"
-        for n, classes in enumerate(requests):
-            key = f"{seed}/{n}"
-            store.measure(key, cell, folder, args.dir / "data", classes, args.dir / f"runs-{seed}", seed=seed)
-            folder = args.dir / f"runs-{seed}" / f"forget-{n + 1:04d}"
-            if not is_model_folder(folder):
-                break
-    for n in range(args.requests):
-        rows = [row for key, row in store.content["cells"].items() if key.endswith(f"/{n}")]
-        if rows:
-            keys = ("forget_acc_after", "retain_drop", "h_mean", "h_ideal", "active", "train_seconds")
-            print(f"request {n + 1}:", {k: spread([r[k] for r in rows]) for k in keys})
+    store, data = Store(args.results, False), args.dir / "data"
+    for seed in () if args.print else map(int, args.seeds.split(",")):
+        if args.part in ("sequence", "all"):
+            chain(store, args.dir, "sequence", seed, data, "full")
+        if args.part in ("gs-lora", "all"):
+            chain(store, args.dir, "gs-lora", seed, data, method="gs-lora")
+        if args.part in ("shots", "all"):
+            chain(store, args.dir, "shots", seed, data, shots=SHOTS)
+        if args.part in ("missing", "all"):
+            missing(store, args.dir, seed)
+    if args.part in ("floors", "all") and not args.print:
+        floors(store, args.dir)
+    report(store)
 
 
 if __name__ == "__main__":

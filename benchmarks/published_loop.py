@@ -15,8 +15,9 @@ import functools
 from pathlib import Path
 
 from baseline_cell import baseline_cell
+from characters import class_requests
 from forget_demo import ROOT, Store, spread
-from hundred_classes import SEEDS, class_requests
+from hundred_classes import SEEDS
 
 from gsforget.baselines.head_mask import head_mask
 from gsforget.baselines.published import PublishedSettings, published_gs_lora
@@ -90,9 +91,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure all cells anew")
     args = parser.parse_args()
     if not (is_model_folder(args.dir / "model") and (args.dir / "data" / "test").is_dir()):
-        raise SystemExit(
-            f"{args.dir} lacks data/ or model/; make them with benchmarks/hundred_classes.py --dir {args.dir}"
-        )
+        raise SystemExit(f"{args.dir} lacks data/ or model/; make them with benchmarks/characters.py --dir {args.dir}")
     store = Store(args.results, args.again)
     if args.head_mask:
         mask(store, args.dir)
