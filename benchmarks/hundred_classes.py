@@ -75,7 +75,7 @@ def request(
 
 def missing_data(root: Path) -> tuple[Path, list[str]]:
     """The images without the training images of five classes that are retained to the end, as links; and these classes."""
-    gone = sorted(set(p.name for p in (root / "data" / "train").iterdir()) - set(sum(class_requests(), ())))[:MISSING]
+    gone = sorted({p.name for p in (root / "data" / "train").iterdir()} - set(sum(class_requests(), ())))[:MISSING]
     place = root / "data-missing"
     for split in ("train", "test"):
         (place / split).mkdir(parents=True, exist_ok=True)
