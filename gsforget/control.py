@@ -9,6 +9,7 @@ on the demo and a 100-class set, and serve every request.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +140,57 @@ class Watch:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class After(Enum):
+    """What follows a settling stage."""
+
+    GO_ON = "another stage"
+    STOP = "the result is that of this stage"
+    GO_BACK = "the result is that of the last good stage"
+
+
+@dataclass
+class StageControl:
+    """Decides from validation how many stages there are, and how deep each goes.
+
+    Stages follow each other until one satisfies; then deeper ones, for as long as validation sees no loss at all.  A
+    deeper stage that costs retained accuracy is given `RETRIES` more to win it back, and is undone where they do not.
+
+    Attributes:
+        max_forget, max_drop: percent and points at which a stage satisfies.
+        deepens: whether there is a depth to choose.
+        limit: stages at most.
+        depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
+    """
+
+    max_forget: float
+    max_drop: float
+    deepens: bool
+    limit: int = STAGES
+    depth: float = DEPTHS[0]
+    good: Watch | None = None
+    good_depth: float = DEPTHS[0]
+    done: int = 0
+    failed: int = 0
+    last: Watch | None = None
+
+    def after(self, watch: Watch) -> After:
+        """Judge a stage; `good` is this watch afterwards if and only if it satisfied."""
+        before, self.last, self.done = self.last, watch, self.done + 1
+        lossless = watch.satisfied(self.max_forget, min(0.0, self.max_drop))
+        if lossless or (self.good is None and watch.satisfied(self.max_forget, self.max_drop)):
+            self.good, self.good_depth, self.failed = watch, self.depth, 0
+            deeper = [d for d in DEPTHS if d > self.depth] if self.deepens and lossless else []
+            if not deeper or self.done == self.limit:
+                return After.STOP
+            self.depth = deeper[0]
+            return After.GO_ON
+        if self.good is not None:
+            self.failed += 1
+            return After.GO_BACK if self.failed > RETRIES or self.done == self.limit else After.GO_ON
+        stuck = before is not None and watch.stuck(before, self.max_forget)
+        return After.STOP if stuck or self.done == self.limit else After.GO_ON
 
 
 def default_target(groups: int) -> int:

@@ -36,7 +36,10 @@ SENSITIVE = (
     ("optimiser", "state of the optimiser"),
     ("checkpoint", "an intermediate model"),
 )
-SHOWS_IMAGES = "a report that shows test images of the data; remove it yourself, or audit again without --with-images, which replaces it"
+SHOWS_IMAGES = (
+    "a report that shows test images of the data; remove it yourself, or audit again without --with-images, which "
+    "replaces it"
+)
 ALWAYS = (
     "artifacts that were exported to other folders, and engines, patches and models that are already on devices",
     "backups, snapshots and copies of any of these files",

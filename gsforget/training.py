@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gsforget import control, rehearsal
-from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.control import After, StageControl, StrengthControl, Watch, default_target, product_forces, settle_steps
 from gsforget.data import available_memory
 from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
@@ -87,15 +87,6 @@ class Trained:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Good:
-    """Where validation was satisfied: what it said, the flat factors, and how deep the training went."""
-
-    watch: Watch
-    factors: Tensor
-    depth: float
-
-
 class Loop:
     """One request's training.  The model's own parameters are never written to."""
 
@@ -143,7 +134,7 @@ class Loop:
         self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
         self.lengths = self.groups.lengths.to(self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
-        self.step, self.depth = 0, control.DEPTHS[0]
+        self.step, self.stages = 0, StageControl(0, 0, False)
         self.trained = Trained(self.groups, {})
 
     def run(self) -> Trained:
@@ -174,7 +165,7 @@ class Loop:
             "steps_select": selected,
             "steps": self.step,
             "stages": stages,
-            "depth": self.depth if self.objective.deepens else None,
+            "depth": self.stages.good_depth if self.objective.deepens else None,
             "forgotten_again": self.earlier.again,
             "reused_outputs": kept,
         }
@@ -188,44 +179,43 @@ class Loop:
             self._report("select", losses, None)
 
     def _settle_until_satisfied(self) -> int:
-        """Stages until validation is satisfied, then deeper ones while it sees no loss at all; the last good one counts."""
+        """Stages as validation wants them; by a fixed number where there is none.  Returns how many there were."""
         per_epoch = -(-len(self.pools["retain"]) // max(1, self.batch_retain))
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
-        limit = control.STAGES if len(self.val) else control.STAGES_UNSEEN
         weights = weights_from(self.model, self._first_layer(), self.probe[:2]) if self.objective.duel else []
         self.rehearsal = Rehearsal(weights, s.seed)
-        deeper = [*control.DEPTHS[1:]] if self.objective.deepens else []
-        good, tries = None, 0  # the last stage that was good, and how many deeper ones failed since
-        for stage in range(1, 2 if s.epochs is not None else limit + 1):
-            for k in range(length):
-                losses = self._train_step(s.lr * (1 - k / length), self.objective.duel)
-                self._report("settle", losses, k / length)
-            if not len(self.val):
-                continue
-            watch, earlier = self._watch(), self.trained.watches[-2:-1]
+        if not len(self.val):
+            fixed = control.STAGES_UNSEEN if s.epochs is None else 1
+            for _ in range(fixed):
+                self._settle(length)
+            return fixed
+        self.stages = StageControl(
+            s.max_forget_acc, s.max_retain_drop, self.objective.deepens, control.STAGES if s.epochs is None else 1
+        )
+        after, kept = After.GO_ON, (self.groups.flat.detach().clone(), self._alive())
+        while after is After.GO_ON:
+            self._settle(length)
+            watch = self._watch()
             self._forget_again(watch.returned)
-            allowed = s.max_retain_drop if good is None else min(0.0, s.max_retain_drop)
-            if watch.satisfied(s.max_forget_acc, allowed):
-                good = _Good(watch, self.groups.flat.detach().clone(), self.depth)
-                if not deeper or not watch.satisfied(s.max_forget_acc, min(0.0, s.max_retain_drop)):
-                    break
-                self.depth, tries = deeper.pop(0), 0
-            elif good and good.watch.active == watch.active:
-                tries += 1
-                if tries > control.RETRIES or stage == limit:
-                    self._restore(good)
-                    break
-            elif earlier and watch.stuck(earlier[0], s.max_forget_acc):
-                break
-        return stage
+            after = self.stages.after(watch)
+            if self.stages.good is watch:
+                kept = self.groups.flat.detach().clone(), self._alive()
+        if after is After.GO_BACK and kept[1] == self._alive():
+            self._go_back(kept[0])
+        return self.stages.done
 
-    def _restore(self, good: _Good) -> None:
-        """Go back to where validation was satisfied."""
+    def _settle(self, length: int) -> None:
+        for k in range(length):
+            losses = self._train_step(self.settings.lr * (1 - k / length), self.objective.duel)
+            self._report("settle", losses, k / length)
+
+    def _go_back(self, factors: Tensor) -> None:
+        assert self.stages.good is not None
         with torch.no_grad():
-            self.groups.flat.copy_(good.factors)
-        self.depth = good.depth
-        self.trained.watches.append(good.watch)
+            self.groups.flat.copy_(factors)
+        self.stages.depth = self.stages.good_depth
+        self.trained.watches.append(self.stages.good)
 
     def _train_step(self, lr: float, duel: Duel | None = None) -> Losses:
         warm = self.step < control.WARMUP
@@ -330,7 +320,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        losses = self.objective.losses(self._see(rows), rows.to(self.device), self.depth)
+        losses = self.objective.losses(self._see(rows), rows.to(self.device), self.stages.depth)
         if not torch.isfinite(losses.total):
             raise GsforgetError(
                 f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsforget import control
-from gsforget.control import StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.control import After, StageControl, StrengthControl, Watch, default_target, product_forces, settle_steps
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.lora.groups import LoRAGroups
@@ -191,7 +191,7 @@ def test_groups_that_fall_together_do_not_all_die(three_blocks, forget, seed):
     """In both runs two groups shrink at the same pace; the penalty must let go of the last one in time."""
     run = loop(three_blocks, forget=forget, seed=seed)
     assert len(run.run().groups.active_indices()) == 1
-    after = accuracy(run.model, Pixels.draw(80, 7))
+    after = accuracy(run.model, Pixels.draw(800, 7))
     assert all(after[k] <= 1 if k in forget else after[k] >= 95 for k in range(CLASSES))
 
 
@@ -327,6 +327,60 @@ def test_a_group_is_dead_after_its_patience():
     for _ in range(control.PATIENCE - 1):
         assert steering.after_step(norms, far, alive) == []
     assert steering.after_step(norms, far, alive) == [0]
+
+
+def watched(forget=0.0, bound=0.0, retain=98.0, returned=()) -> Watch:
+    return Watch(1, forget, retain, 98.0, bound, [0], None, list(returned))
+
+
+def decide(*watches, deepens=True, limit=control.STAGES):
+    """What is decided after each stage, and the control at the end."""
+    stages = StageControl(1.0, 0.5, deepens, limit)
+    return [stages.after(w) for w in watches], stages
+
+
+def test_stages_end_when_validation_is_satisfied_and_there_is_no_depth():
+    found, stages = decide(watched(forget=9), watched(), deepens=False)
+    assert found == [After.GO_ON, After.STOP]
+    assert (stages.good, stages.done) == (watched(), 2)
+
+
+def test_a_first_stage_may_lose_what_the_limit_allows_but_goes_no_deeper_then():
+    found, stages = decide(watched(bound=0.4))
+    assert found == [After.STOP]
+    assert stages.good_depth == control.DEPTHS[0]
+
+
+def test_stages_go_deeper_while_nothing_is_lost():
+    found, stages = decide(*[watched()] * 5)
+    assert found == [After.GO_ON] * 4 + [After.STOP]
+    assert stages.good_depth == control.DEPTHS[4]
+
+
+def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
+    good, lossy = watched(), watched(bound=0.2)
+    found, stages = decide(good, lossy, lossy, good, lossy, lossy, limit=9)
+    assert found == [After.GO_ON] * 6
+    assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
+    assert stages.after(lossy) is After.GO_BACK
+    assert stages.good_depth == control.DEPTHS[1]
+
+
+def test_the_last_stage_allowed_is_undone_where_it_lost():
+    assert decide(watched(), watched(bound=0.2), limit=2)[0][-1] is After.GO_BACK
+    assert decide(watched(), watched(), limit=2)[0][-1] is After.STOP
+    assert decide(watched(forget=9), watched(forget=9), limit=2)[0][-1] is After.STOP
+
+
+def test_a_class_that_is_back_satisfies_nothing():
+    found, stages = decide(watched(returned=[3]), watched())
+    assert found == [After.GO_ON, After.GO_ON]
+    assert stages.good_depth == control.DEPTHS[0]
+
+
+def test_stages_that_win_nothing_end():
+    assert decide(watched(bound=2.0, retain=90.0), watched(bound=2.0, retain=90.1))[0] == [After.GO_ON, After.STOP]
+    assert decide(watched(bound=2.0, retain=90.0), watched(bound=2.0, retain=91.0))[0] == [After.GO_ON, After.GO_ON]
 
 
 def test_small_rules():
