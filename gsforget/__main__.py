@@ -110,6 +110,7 @@ def explain(error: BaseException) -> tuple[int, GsforgetError]:
 def _usage(error: BadParameter) -> GsforgetError:
     context: Any = error.ctx
     message = " ".join(error.format_message().split())
+    message = message.replace(": Value error, ", ": ", 1)  # pydantic's prefix, which tells a person nothing
     if hasattr(error, "possibilities") and hasattr(error, "option_name"):  # click's NoSuchOption
         known = sorted({name for p in context.command.get_params(context) for name in p.opts}) if context else []
         near = difflib.get_close_matches(error.option_name, [k for k in known if k.startswith("--")], n=1, cutoff=0.3)

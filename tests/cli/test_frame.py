@@ -103,6 +103,12 @@ def test_usage_errors(args, named):
     assert named in error["message"] + error["hint"]
 
 
+def test_a_choice_that_does_not_exist_is_named_beside_those_that_do(capsys):
+    assert main(["audit", "--tier", "deep", "--json"]) == 2
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert message == "Invalid value for '--tier': 'deep' is not one of 'quick', 'standard', 'full'."
+
+
 @pytest.mark.parametrize(
     ("error", "status", "kind"),
     [
