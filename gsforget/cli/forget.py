@@ -234,13 +234,24 @@ def show(outcome: Any) -> None:
     for warning in document["warnings"]:
         say(f"Warning: {warning}")
     if outcome.passed:
-        say(
-            f"Passed. The model without these {'images' if 'sample' in document else 'classes'} is in {outcome.folder}."
-        )
+        what = "images" if "sample" in document else "classes"
+        say(f"Passed. The model without these {what} is in {outcome.folder}.{_unjudged(outcome)}")
     else:
         say(f"Failed: no model was published; the reports are in {outcome.folder}.")
     for note in document["not_tested"]:
         say(f"Not tested: {note}.")
+
+
+def _unjudged(outcome: Any) -> str:
+    """A sentence where nothing says whether the features forgot as well; the command, where it could tell."""
+    if "sample" in outcome.document or outcome.document["audit"]["linear_probe_excess"] is not None:
+        return ""
+    measured = outcome.metrics["audit"]
+    said = " Its answers were judged, its features were not"
+    if measured["after"]["linear_probe"] is None or measured["reference"] is not None:
+        return f"{said}."  # no features, or a reference that leaves no room: the command would tell no more
+    run = shlex.quote(str(outcome.folder))
+    return f"{said}: gsforget audit {run} --data DIR --tier standard --reference FOLDER judges them."
 
 
 def show_probes(audit: dict[str, Any]) -> None:

@@ -288,6 +288,37 @@ def test_text_for_people_stays_on_stderr(world, first_run, capsys, tmp_path, mon
     assert "\x1b" not in printed.err
 
 
+def test_a_pass_says_that_the_features_were_not_judged(first_run):
+    passed = next(line for line in first_run[1].err.splitlines() if line.startswith("Passed."))
+    assert passed == (
+        "Passed. The model without these classes is in runs/forget-0001. Its answers were judged, its features were not: "
+        "gsforget audit runs/forget-0001 --data DIR --tier standard --reference FOLDER judges them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("excess", "probe", "reference", "words", "command"),
+    [
+        (None, 60.0, None, True, True),
+        (None, None, None, True, False),  # no features to judge
+        (None, 60.0, {"linear_probe": 70.0}, True, False),  # no room: the same reference would tell the audit no more
+        (0.2, 60.0, {"linear_probe": 50.0}, False, False),
+    ],
+)
+def test_the_audit_is_named_where_it_could_judge_the_features(excess, probe, reference, words, command):
+    from types import SimpleNamespace
+
+    from gsforget.cli.forget import _unjudged
+
+    audit = {"after": {"linear_probe": probe}, "reference": reference}
+    document = {"audit": {"linear_probe_excess": excess}}
+    said = _unjudged(SimpleNamespace(document=document, metrics={"audit": audit}, folder="my runs/1"))
+    assert ("features were not" in said) is words
+    assert ("gsforget audit 'my runs/1' --data DIR" in said) is command
+    single = SimpleNamespace(document={**document, "sample": {}}, metrics={"audit": None}, folder="x")
+    assert _unjudged(single) == ""
+
+
 def test_names_that_break_formats(world, cli, draw, tmp_path):
     """Commas, spaces, dollars, markup, quotes and other alphabets; a class named like another one's index."""
     names = ["0", "a, b", "[bold]$x_{^$", "ключ 蟻"]
