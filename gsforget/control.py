@@ -31,6 +31,7 @@ SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of g
 FORGET_SHARE = 0.5  # forgotten images per retained one in a batch, at least
 SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 3, 120, 300  # length of one settling stage: epochs, then bounds in steps
 DEPTHS = (1.0, 2.0, 4.0, 8.0, 16.0)  # weight of what is taken from the features, stage by stage, while it costs nothing
+BLUR = 5.0  # points of retained accuracy whose loss validation must be able to rule out before a stage goes deeper
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES = 6  # settling stages at most
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
@@ -110,6 +111,7 @@ class Watch:
     Attributes:
         drop_bound: lower one-sided 95 % bound of the loss of retained accuracy, in points, as the gates judge it.  The
             original has learned from these images, so that the loss itself, `retain_before` - `retain`, is overstated.
+        drop_most: the upper bound; with few images it is large, and says that a loss would not be seen.
         old: of the classes that earlier requests forgot; returned: those of them that the model names again.
         leak: percent of images to forget whose class a fresh linear probe names, see `separability`.
     """
@@ -119,6 +121,7 @@ class Watch:
     retain: float | None
     retain_before: float | None
     drop_bound: float | None
+    drop_most: float | None
     active: list[int]
     old: float | None = None
     returned: list[int] = field(default_factory=list)
@@ -131,6 +134,12 @@ class Watch:
     def satisfied(self, max_forget: float, max_drop: float) -> bool:
         """Forgotten, and retained accuracy not down by more than `max_drop` points, as far as chance lets it be said."""
         return self.forgotten(max_forget) and (self.drop_bound is None or self.drop_bound <= max_drop)
+
+    def lossless(self, max_forget: float) -> bool:
+        """Forgotten, with no sign of a loss, by enough images to have seen one of `BLUR` points."""
+        if self.drop_bound is None or self.drop_most is None:
+            return False
+        return self.forgotten(max_forget) and self.drop_bound <= 0 and self.drop_most <= BLUR
 
     def stuck(self, earlier: Watch, max_forget: float) -> bool:
         """Forgotten twice, and the stage in between has won back no retained accuracy worth speaking of."""
@@ -178,7 +187,7 @@ class StageControl:
     def after(self, watch: Watch) -> After:
         """Judge a stage; `good` is this watch afterwards if and only if it satisfied."""
         before, self.last, self.done = self.last, watch, self.done + 1
-        lossless = watch.satisfied(self.max_forget, min(0.0, self.max_drop))
+        lossless = watch.lossless(self.max_forget)
         if lossless or (self.good is None and watch.satisfied(self.max_forget, self.max_drop)):
             self.good, self.good_depth, self.failed = watch, self.depth, 0
             deeper = [d for d in DEPTHS if d > self.depth] if self.deepens and lossless else []

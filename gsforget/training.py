@@ -341,8 +341,15 @@ class Loop:
     ) -> Watch:
         right, before, forget = self._right(rows), self.right_before[rows.to(self.device)].cpu(), self.forget[rows]
         accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
-        drop = paired_drop(before[~forget].numpy(), right[~forget].numpy())[1] if (~forget).any() else None
-        watch = Watch(self.step, *accuracies, drop, self._alive(), old, list(returned), leak)
+        watch = Watch(
+            self.step,
+            *accuracies,
+            *_drop_bounds(before[~forget], right[~forget]),
+            self._alive(),
+            old,
+            list(returned),
+            leak,
+        )
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
 
@@ -383,6 +390,13 @@ class Loop:
                 "fraction": fraction,
             }
         )
+
+
+def _drop_bounds(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:
+    """One-sided 95 % bounds of a loss of accuracy in points, from bool [N] and bool [N]; None without images."""
+    if not len(before):
+        return None, None
+    return paired_drop(before.numpy(), after.numpy())[1], -paired_drop(after.numpy(), before.numpy())[1]
 
 
 def _percent(flags: Tensor) -> float | None:
