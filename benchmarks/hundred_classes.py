@@ -133,7 +133,7 @@ def report(store: Store) -> None:
             if rows:
                 print(f"{part}, request {n} (n={len(rows)}):", {k: spread(v) for k, v in figures.items() if v})
             for name in JUDGED if rows and "checks" in rows[0] else ():
-                judged = [r["checks"][name] for r in rows if "checks" in r]
+                judged = [r["checks"][name] for r in rows if name in r.get("checks", {})]
                 values = [(c["value"], c["reference"], c["verdict"]) for c in judged]
                 print(f"    {name}: ", values)
     for key, row in store.cells("floors").items():
@@ -146,12 +146,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=["sequence", "gs-lora", "shots", "missing", "floors", "all"], default="all")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
+    parser.add_argument("--tier", choices=["quick", "standard", "full"], default="full", help="of the audits")
     parser.add_argument("--print", action="store_true")
     args = parser.parse_args()
     store, data = Store(args.results, False), args.dir / "data"
     for seed in () if args.print else map(int, args.seeds.split(",")):
         if args.part in ("sequence", "all"):
-            chain(store, args.dir, "sequence", seed, data, "full")
+            chain(store, args.dir, "sequence", seed, data, args.tier)
         if args.part in ("gs-lora", "all"):
             chain(store, args.dir, "gs-lora", seed, data, method="gs-lora")
         if args.part in ("shots", "all"):

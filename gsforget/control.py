@@ -30,13 +30,20 @@ WARMUP = 20  # steps before the first penalty, so that Adam's second moment of e
 SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
 FORGET_SHARE = 0.5  # forgotten images per retained one in a batch, at least
 SETTLE_EPOCHS, SETTLE_MIN, SETTLE_MAX = 3, 120, 300  # length of one settling stage: epochs, then bounds in steps
-DEPTHS = (1.0, 2.0, 4.0, 8.0, 16.0)  # weight of what is taken from the features, stage by stage, while it costs nothing
+DEPTHS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+)  # weight of what is taken from the features, stage by stage, while it costs nothing
 BLUR = 5.0  # points of retained accuracy whose loss validation must be able to rule out before a stage goes deeper
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
-STAGES = 6  # settling stages at most
+STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
-STAGES_UNSEEN = 2  # settling stages where there are too few images for a validation part
+STAGES_UNSEEN = 2  # settling stages, at least, where there are too few images for validation to tell
 
 
 def product_forces(groups: LoRAGroups, loss: Callable[[], Tensor]) -> Tensor:
@@ -135,11 +142,14 @@ class Watch:
         """Forgotten, and retained accuracy not down by more than `max_drop` points, as far as chance lets it be said."""
         return self.forgotten(max_forget) and (self.drop_bound is None or self.drop_bound <= max_drop)
 
+    @property
+    def sharp(self) -> bool:
+        """Whether there are enough images to rule out a loss of `BLUR` points."""
+        return self.drop_most is not None and self.drop_most <= BLUR
+
     def lossless(self, max_forget: float) -> bool:
-        """Forgotten, with no sign of a loss, by enough images to have seen one of `BLUR` points."""
-        if self.drop_bound is None or self.drop_most is None:
-            return False
-        return self.forgotten(max_forget) and self.drop_bound <= 0 and self.drop_most <= BLUR
+        """Forgotten, with no sign of a loss, by enough images to have seen it."""
+        return self.sharp and self.forgotten(max_forget) and self.drop_bound is not None and self.drop_bound <= 0
 
     def stuck(self, earlier: Watch, max_forget: float) -> bool:
         """Forgotten twice, and the stage in between has won back no retained accuracy worth speaking of."""
@@ -163,8 +173,9 @@ class After(Enum):
 class StageControl:
     """Decides from validation how many stages there are, and how deep each goes.
 
-    Stages follow each other until one satisfies; then deeper ones, for as long as validation sees no loss at all.  A
-    deeper stage that costs retained accuracy is given `RETRIES` more to win it back, and is undone where they do not.
+    Stages follow each other until one satisfies, at least two where validation is too small to tell; then deeper ones,
+    for as long as validation sees no loss at all.  A deeper stage that costs retained accuracy is given `RETRIES` more to
+    win it back, and is undone where they do not.
 
     Attributes:
         max_forget, max_drop: percent and points at which a stage satisfies.
@@ -188,8 +199,10 @@ class StageControl:
         """Judge a stage; `good` is this watch afterwards if and only if it satisfied."""
         before, self.last, self.done = self.last, watch, self.done + 1
         lossless = watch.lossless(self.max_forget)
-        if lossless or (self.good is None and watch.satisfied(self.max_forget, self.max_drop)):
+        if lossless or (self.depth == DEPTHS[0] and watch.satisfied(self.max_forget, self.max_drop)):
             self.good, self.good_depth, self.failed = watch, self.depth, 0
+            if not watch.sharp and self.done < STAGES_UNSEEN:
+                return After.GO_ON if self.done < self.limit else After.STOP
             deeper = [d for d in DEPTHS if d > self.depth] if self.deepens and lossless else []
             if not deeper or self.done == self.limit:
                 return After.STOP
@@ -205,6 +218,11 @@ class StageControl:
 def default_target(groups: int) -> int:
     """A third of the groups, rounded up, may stay active unless the user says otherwise."""
     return max(1, -(-groups // 3))
+
+
+def stage_limit(length: int) -> int:
+    """How many stages of so many steps there may be."""
+    return max(1, min(STAGES, SETTLE_TOTAL // length))
 
 
 def settle_steps(per_epoch: int) -> int:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+ENOUGH = 1 / 3  # deviations within classes per feature below which an opponent would know nothing and is left out
 FLOOR = 1e-3  # of the mean variance of a feature, added to the covariance
 SHRINK = 0.01  # of the covariance towards its diagonal, plus d / N: what suits N images of d features
 
@@ -85,7 +86,9 @@ class Separability:
         width = features.shape[1]
         self.among_all = Discriminant(labels, rows, width)
         among_forgotten = Discriminant(labels, rows[forget[rows]], width)
-        self.opponents = [o for o in (self.among_all, among_forgotten) if o.classes > 1]
+        self.opponents = [
+            o for o in (self.among_all, among_forgotten) if o.classes > 1 and len(o.rows) - o.classes >= ENOUGH * width
+        ]
 
     def named(self, features: Tensor, labels: Tensor) -> Tensor:
         """Whether the probe among all classes, taught by the images as they were last seen, names these.
@@ -106,7 +109,7 @@ class Separability:
             features: float32 [B, d] with gradient; rows: int64 [B]; forget: bool [B], whose features are to change.
         """
         self.bank[rows] = features.detach().to(self.bank.dtype)
-        if not forget.any():
+        if not (self.opponents and forget.any()):
             return features.sum() * 0
         mine, labels = features[forget].to(self.bank.dtype), self.labels[rows[forget]]
         return torch.stack([o.loss(self.bank, mine, labels) for o in self.opponents]).sum()

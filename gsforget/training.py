@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from gsforget import control, rehearsal
-from gsforget.control import After, StageControl, StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.control import (
+    After,
+    StageControl,
+    StrengthControl,
+    Watch,
+    default_target,
+    product_forces,
+    settle_steps,
+    stage_limit,
+)
 from gsforget.data import available_memory
 from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
@@ -190,9 +199,8 @@ class Loop:
             for _ in range(fixed):
                 self._settle(length)
             return fixed
-        self.stages = StageControl(
-            s.max_forget_acc, s.max_retain_drop, self.objective.deepens, control.STAGES if s.epochs is None else 1
-        )
+        limit = stage_limit(length) if s.epochs is None else 1
+        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, self.objective.deepens, limit)
         after, kept = After.GO_ON, (self.groups.flat.detach().clone(), self._alive())
         while after is After.GO_ON:
             self._settle(length)

@@ -111,12 +111,24 @@ def test_a_class_among_others_is_found_although_it_does_not_correlate():
 
 
 def test_few_images_of_many_features_do_not_break_it():
-    features, labels = groups(6, 40, 3, 1.0)
-    now = features.clone().requires_grad_()
-    loss = opponents(features, labels, (0, 1)).loss(now, torch.arange(6), labels < 2)
+    features, labels = groups(18, 40, 3, 1.0)  # 15 deviations within classes for 40 features
+    found, now = opponents(features, labels, (0, 1)), features.clone().requires_grad_()
+    assert found.opponents == [found.among_all]
+    loss = found.loss(now, torch.arange(18), labels < 2)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(now.grad).all()
+
+
+def test_an_opponent_that_would_know_nothing_is_left_out():
+    features, labels = groups(12, 40, 3, 1.0)
+    found, now = opponents(features, labels, (0, 1)), features.clone().requires_grad_()
+    assert found.opponents == []
+    loss = found.loss(now, torch.arange(12), labels < 2)
+    loss.backward()
+    assert loss.item() == 0
+    one_each = opponents(features[:3], labels[:3])
+    assert torch.isfinite(torch.cat([part.flatten() for part in one_each.among_all.probe(one_each.bank)])).all()
 
 
 def test_a_batch_without_forgotten_images_changes_nothing_but_the_memory():

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsforget import control
-from gsforget.control import After, StageControl, StrengthControl, Watch, default_target, product_forces, settle_steps
+from gsforget.control import (
+    After,
+    StageControl,
+    StrengthControl,
+    Watch,
+    default_target,
+    product_forces,
+    settle_steps,
+    stage_limit,
+)
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.lora.groups import LoRAGroups
@@ -127,7 +136,7 @@ def test_it_goes_deeper_while_retained_accuracy_allows(three_blocks):
 
 def test_few_validation_images_end_it_at_the_first_depth(done):
     run, _, _ = done
-    assert (run.trained.chosen["stages"], run.trained.chosen["depth"]) == (1, control.DEPTHS[0])
+    assert (run.trained.chosen["stages"], run.trained.chosen["depth"]) == (2, control.DEPTHS[0])
 
 
 def test_a_deeper_stage_that_costs_retained_accuracy_is_undone(three_blocks, monkeypatch):
@@ -364,7 +373,11 @@ def test_stages_go_deeper_while_nothing_is_lost():
 
 
 def test_too_few_images_to_see_a_loss_go_no_deeper():
-    assert decide(watched(bound=-9.0, most=control.BLUR + 1))[0] == [After.STOP]
+    blurred = watched(bound=-9.0, most=control.BLUR + 1)
+    found, stages = decide(blurred, blurred)
+    assert found == [After.GO_ON, After.STOP]
+    assert stages.good_depth == stages.depth == control.DEPTHS[0]
+    assert decide(blurred, limit=1)[0] == [After.STOP]
     assert decide(watched(bound=-9.0, most=control.BLUR))[0] == [After.GO_ON]
 
 
@@ -396,6 +409,7 @@ def test_stages_that_win_nothing_end():
 
 def test_small_rules():
     assert [default_target(n) for n in (1, 3, 4, 12, 24)] == [1, 1, 2, 4, 8]
+    assert [stage_limit(n) for n in (1, 120, 180, 300, 5000)] == [6, 6, 4, 2, 1]
     assert [settle_steps(n) for n in (1, 30, 60, 100, 10**6)] == [120, 120, 180, 300, 300]
     watch = Watch(1, 0.0, 97.0, 98.0, 0.4, 1.6, [0])
     assert watch.satisfied(1, 0.5)  # down by a point, of which chance may explain 0.6
