@@ -12,7 +12,6 @@ pass on, and nothing of them is kept in the repository.
 """
 
 import argparse
-import json
 import math
 import re
 import time
@@ -31,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from timm.layers import resample_abs_pos_embed
 from torch.nn.functional import cross_entropy
 
+import gsforget
 from gsforget.export.device.preprocess import Preprocess
 from gsforget.folder import ModelConfig, is_model_folder, save_model
 
@@ -193,7 +193,7 @@ def run(store: Store, root: Path, classes: tuple[str, ...], seeds: int) -> None:
     for name in ("model", f"never-seen-{pair}"):
         store.measure(f"probes/{name}/{pair}", probes_of, root / name, data, classes)
     for seed in SEEDS[:seeds]:
-        store.measure(f"forget/{pair}/{seed}", forget_and_probe, root, data, classes, seed)
+        store.measure(f"forget/{pair}/{seed}", forget_and_audit, root, data, classes, seed, f"never-seen-{pair}")
 
 
 def probes_of(folder: Path, data: Path, classes: tuple[str, ...]) -> dict:
@@ -201,15 +201,16 @@ def probes_of(folder: Path, data: Path, classes: tuple[str, ...]) -> dict:
     return probes(source.model, train, test, wanted)
 
 
-def forget_and_probe(root: Path, data: Path, classes: tuple[str, ...], seed: int) -> dict:
-    """gsforget's own request, and what probes find in the features of what it left."""
-    figures = cell(root / "model", data, classes, root / "runs", seed=seed)
-    folder = Path(figures["folder"])
-    if not is_model_folder(folder):
+def forget_and_audit(root: Path, data: Path, classes: tuple[str, ...], seed: int, reference: str) -> dict:
+    """gsforget's own request, and what a standard audit says of it next to the model that never saw the classes."""
+    figures = cell(root / "model", data, classes, root / "runs", seed=seed, reference=root / reference)
+    if figures["verdict"] != "pass":
         return figures  # a gate was breached: only reports were left
-    found = json.loads((folder / "config.json").read_text())["forgotten"]
-    source, _, train, test = opened(folder, data, ())
-    return {**figures, **probes(source.model, train, test, found)}
+    document = gsforget.audit_model(
+        figures["folder"], data, tier="standard", reference=root / reference, device="cpu", seed=seed
+    )
+    checks = {c["name"]: {k: c[k] for k in ("value", "original", "reference", "verdict")} for c in document["checks"]}
+    return {**figures, "audit_verdict": document["verdict"], "audit_seconds": document["seconds"], "checks": checks}
 
 
 def report(store: Store) -> None:
@@ -224,12 +225,14 @@ def report(store: Store) -> None:
         "h_ideal",
         "active",
         "linear_probe",
-        "five_shot",
+        "linear_probe_excess",
+        "prototype_attack",
+        "mia_auc",
         "train_seconds",
     )
     for pair in sorted(pairs):
         rows = list(store.cells(f"forget/{pair}").values())
-        figures = {k: [r[k] for r in rows if k in r] for k in keys}
+        figures = {k: [r[k] for r in rows if r.get(k) is not None] for k in keys}
         print(f"forget {pair} (n={len(rows)}):", {k: spread(v) for k, v in figures.items() if v})
 
 

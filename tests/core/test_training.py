@@ -367,9 +367,9 @@ def test_a_first_stage_may_lose_what_the_limit_allows_but_goes_no_deeper_then():
 
 
 def test_stages_go_deeper_while_nothing_is_lost():
-    found, stages = decide(*[watched()] * 5)
-    assert found == [After.GO_ON] * 4 + [After.STOP]
-    assert stages.good_depth == control.DEPTHS[4]
+    found, stages = decide(*[watched()] * len(control.DEPTHS), limit=9)
+    assert found == [After.GO_ON] * (len(control.DEPTHS) - 1) + [After.STOP]
+    assert stages.good_depth == control.DEPTHS[-1]
 
 
 def test_too_few_images_to_see_a_loss_go_no_deeper():
