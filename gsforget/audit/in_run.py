@@ -246,7 +246,7 @@ class Prober:
     def _never_seen_figures(self, original: Measured) -> Figures | None:
         if self.case.reference is not None:
             measured = self._ask(self.case.reference, f"The reference {self.case.reference.path}")
-            check_reference(self.case, measured)
+            check_reference(self.case, measured, original)
             if measured.side.subject.why_no_features:
                 self.notes.append(f"the features of the reference: {measured.side.subject.why_no_features}")
             return self._figures(measured)

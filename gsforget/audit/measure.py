@@ -172,7 +172,7 @@ def measure(case: Case, say: Say) -> Evidence:
         check_original(case, original)
     reference = answers(case.reference, "the reference", case.audited) if case.reference else None
     if reference:
-        check_reference(case, reference)
+        check_reference(case, reference, original)
     base, never_seen = original or subject, None
     if case.ask.never_seen:
         say("asking about never-seen classes")
@@ -240,22 +240,36 @@ def few_tested(test: Answers, audited: Sequence[int]) -> list[str]:
     ]
 
 
-def check_reference(case: Case, reference: Measured) -> None:
-    """A reference that names the forgotten classes has seen them, and would let anything pass.
+def check_reference(case: Case, reference: Measured, original: Measured | None) -> None:
+    """A reference that names the forgotten classes, or has the original's features, would let anything pass.
 
     Raises RequestError ``bad_reference``.
     """
+    hint = "Give --reference a model that was trained without them."
     forgotten = reference.test.select(of_classes(reference.test.labels, case.audited))
-    if not len(forgotten.labels):
-        return
     right, count = int(forgotten.correct.sum()), len(forgotten.labels)
-    if wilson(right, count, Z_ONE_SIDED)[0] > max(1.0, 100.0 / len(case.names)):
+    if count and wilson(right, count, Z_ONE_SIDED)[0] > max(1.0, 100.0 / len(case.names)):
         raise RequestError(
             f"The reference {reference.side.path} names {100 * right / count:.1f} % of the forgotten images, so it has seen "
             "these classes.",
-            "Give --reference a model that was trained without them.",
+            hint,
             "bad_reference",
         )
+    if original is not None and _same_features(original, reference):
+        raise RequestError(
+            f"The reference {reference.side.path} is the original with another head: its features have seen the forgotten "
+            "classes.",
+            hint,
+            "bad_reference",
+        )
+
+
+def _same_features(first: Measured, second: Measured) -> bool:
+    """Whether two models give the same images the same features, of all that were measured on both."""
+    pairs = ((first.train, second.train), (first.test, second.test))
+    known = [(a.features, b.features) for a, b in pairs if a.features is not None and b.features is not None]
+    alike = [(a, b) for a, b in known if len(b) and a.shape == b.shape]
+    return bool(alike) and all(np.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in alike)
 
 
 def check_original(case: Case, original: Measured) -> None:

@@ -229,3 +229,9 @@ def test_the_same_seed_gives_the_same_figures(controls):
         assert document.pop("seconds") > 0
         assert document.pop("time").endswith("Z")
     assert again == first
+
+
+def test_the_original_with_a_masked_head_is_no_reference(controls):
+    with pytest.raises(RequestError, match="the original with another head") as caught:
+        look(controls, "masked", "quick", reference=controls.masked)
+    assert caught.value.kind == "bad_reference"
