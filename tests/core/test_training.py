@@ -344,7 +344,7 @@ def test_a_group_is_dead_after_its_patience():
     assert steering.after_step(norms, far, alive) == [0]
 
 
-def watched(forget=0.0, bound=0.0, retain=98.0, returned=(), most=1.0) -> Watch:
+def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0) -> Watch:
     return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned))
 
 
@@ -382,7 +382,7 @@ def test_too_few_images_to_see_a_loss_go_no_deeper():
 
 
 def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
-    good, lossy = watched(), watched(bound=0.2)
+    good, lossy = watched(), watched(bound=0.2 - control.MARGIN)
     found, stages = decide(good, lossy, lossy, good, lossy, lossy, limit=9)
     assert found == [After.GO_ON] * 6
     assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
@@ -391,7 +391,7 @@ def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
 
 
 def test_the_last_stage_allowed_is_undone_where_it_lost():
-    assert decide(watched(), watched(bound=0.2), limit=2)[0][-1] is After.GO_BACK
+    assert decide(watched(), watched(bound=0.2 - control.MARGIN), limit=2)[0][-1] is After.GO_BACK
     assert decide(watched(), watched(), limit=2)[0][-1] is After.STOP
     assert decide(watched(forget=9), watched(forget=9), limit=2)[0][-1] is After.STOP
 
