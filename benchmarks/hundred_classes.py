@@ -59,17 +59,15 @@ def request(
     document = gsforget.audit_model(
         figures["folder"], data, tier=tier, reference=reference, original=model, device="cpu", seed=seed
     )
-    checks = {
-        c["name"]: {k: c[k] for k in ("value", "original", "reference", "threshold", "verdict")}
-        for c in document["checks"]
-    }
-    relearned = {k: document["details"]["relearning"]["full"][k] for k in ("steps", "subject", "reference")}
+    kept = ("value", "original", "reference", "threshold", "verdict")
+    curves = document["details"].get("relearning", {}).get("full", {})
     return {
         **figures,
+        "tier": tier,
         "audit_verdict": document["verdict"],
         "audit_seconds": document["seconds"],
-        "checks": checks,
-        "relearning": relearned,
+        "checks": {check["name"]: {k: check[k] for k in kept} for check in document["checks"]},
+        "relearning": {k: curves[k] for k in ("steps", "subject", "reference") if k in curves},
     }
 
 

@@ -26,6 +26,7 @@ DECAY = 0.9  # of the strength per step once they are not
 GONE = 1e-4  # share of the first strength below which the penalty is over
 HOLD = 1.1  # times the strength at which a group just stays zero, which falls from step to step
 PATIENCE = 10  # steps for which a group must be zero before it counts as dead: Adam's first moment has decayed by then
+LR, LR_WIDTH = 5e-3, 96  # step size of Adam for networks of up to this width; above it falls as 1 / width
 WARMUP = 20  # steps before the first penalty, so that Adam's second moment of every factor is known
 SELECT_LIMIT = 400  # steps after which selection ends, whatever the number of groups
 FORGET_SHARE = 0.5  # forgotten images per retained one in a batch, at least
@@ -214,6 +215,15 @@ class StageControl:
             return After.GO_BACK if self.failed > RETRIES or self.done == self.limit else After.GO_ON
         stuck = before is not None and watch.stuck(before, self.max_forget)
         return After.STOP if stuck or self.done == self.limit else After.GO_ON
+
+
+def default_lr(width: int) -> float:
+    """Step size of Adam for feed-forward networks that read `width` features.
+
+    Each step moves every entry of a factor by about the step size, and a layer's output by that times its width
+    (the scaling of Yang and Hu, arXiv 2203.03466, for Adam).
+    """
+    return LR * min(1.0, LR_WIDTH / width)
 
 
 def default_target(groups: int) -> int:

@@ -207,7 +207,7 @@ def request_record(e: Evidence) -> dict[str, Any]:
 
 def chosen(e: Evidence) -> dict[str, Any]:
     """The numbers of this run, whether given or chosen by the loop."""
-    return {**e.trained.chosen, "bnd": e.bound, "rank": e.request.settings.rank, "lr": e.request.settings.lr}
+    return {**e.trained.chosen, "bnd": e.bound, "rank": e.request.settings.rank}
 
 
 def write_run(folder: Path, e: Evidence, measured: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from gsforget.control import (
     StageControl,
     StrengthControl,
     Watch,
+    default_lr,
     default_target,
     product_forces,
     settle_steps,
@@ -59,7 +60,7 @@ class Settings:
 
     Attributes:
         rank: of each LoRA pair.
-        lr: Adam's step size for the factors.
+        lr: Adam's step size for the factors; None: from the widest network.
         batch_size: retained images per step; forgotten images join in proportion, at least a quarter as many.
         epochs: passes over the retained images in the settling stage; None: by validation.
         prox: strength of the group penalty, in nats per unit of weighted norm; None: from the data, then steered.
@@ -71,7 +72,7 @@ class Settings:
     """
 
     rank: int = 16
-    lr: float = 5e-3
+    lr: float | None = None
     batch_size: int = 64
     epochs: float | None = None
     prox: float | None = None
@@ -141,6 +142,7 @@ class Loop:
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.classifier = find_classifier(model, self.probe[:2]) if task.looks_at_features else None
         self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
+        self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.lengths = self.groups.lengths.to(self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
         self.step, self.stages = 0, StageControl(0, 0, False)
@@ -165,6 +167,7 @@ class Loop:
         kept = self.reuse.needed if self.reuse else []
         self.reuse = None
         self.trained.chosen = {
+            "lr": self.lr,
             "target_groups": target,
             "product_forces": forces.tolist(),
             "prox_first": first,
@@ -184,7 +187,7 @@ class Loop:
     def _select(self) -> None:
         target = self.control.target
         while len(self._alive()) > target and self.step < control.SELECT_LIMIT:
-            losses = self._train_step(self.settings.lr)
+            losses = self._train_step(self.lr)
             self._report("select", losses, None)
 
     def _settle_until_satisfied(self) -> int:
@@ -215,7 +218,7 @@ class Loop:
 
     def _settle(self, length: int) -> None:
         for k in range(length):
-            losses = self._train_step(self.settings.lr * (1 - k / length), self.objective.duel)
+            losses = self._train_step(self.lr * (1 - k / length), self.objective.duel)
             self._report("settle", losses, k / length)
 
     def _go_back(self, factors: Tensor) -> None:
@@ -277,6 +280,13 @@ class Loop:
     def _alive(self) -> list[int]:
         return self.groups.active_indices()
 
+    def _width(self) -> int:
+        """How many features the widest feed-forward network reads."""
+        widths = {
+            g: min(p.module.in_features for p in self.groups.pairs if p.group == g) for g in range(len(self.groups))
+        }
+        return max(widths.values())
+
     def _first_layer(self) -> str:
         """Name of the first linear layer that still trains."""
         alive = self._alive()
@@ -332,7 +342,7 @@ class Loop:
         if not torch.isfinite(losses.total):
             raise GsforgetError(
                 f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
-                f"Lower the step size: --lr {self.settings.lr / 5:g}.",
+                f"Lower the step size: --lr {self.lr / 5:g}.",
                 "diverged",
             )
         return losses

@@ -63,7 +63,7 @@ def forget(
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
     epochs: Annotated[float | None, Opt(help="Epochs after selection; default: by validation.")] = None,
-    lr: Annotated[float | None, Opt(help="Step size of Adam; default: 0.005.")] = None,
+    lr: Annotated[float | None, Opt(help="Step size of Adam; default: from the width of the model.")] = None,
     batch_size: Annotated[int | None, Opt(min=1, help="Retained images per step; default: 64.")] = None,
     bnd: Annotated[float | None, Opt(help="Bound of the ascent in nats; default: ln(classes) + 1.")] = None,
     prox: Annotated[float | None, Opt(help="Strength of the group penalty; default: from the data.")] = None,

@@ -15,6 +15,7 @@ from gsforget.control import (
     StageControl,
     StrengthControl,
     Watch,
+    default_lr,
     default_target,
     product_forces,
     settle_steps,
@@ -409,6 +410,7 @@ def test_stages_that_win_nothing_end():
 
 def test_small_rules():
     assert [default_target(n) for n in (1, 3, 4, 12, 24)] == [1, 1, 2, 4, 8]
+    assert [default_lr(n) for n in (24, 96, 384, 768)] == pytest.approx([5e-3, 5e-3, 1.25e-3, 6.25e-4])
     assert [stage_limit(n) for n in (1, 120, 180, 300, 5000)] == [6, 6, 4, 2, 1]
     assert [settle_steps(n) for n in (1, 30, 60, 100, 10**6)] == [120, 120, 180, 300, 300]
     watch = Watch(1, 0.0, 97.0, 98.0, 0.4, 1.6, [0])
