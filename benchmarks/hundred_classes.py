@@ -13,6 +13,7 @@ are measured; a run folder that is gone is made again.
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 
 from baseline_cell import opened, probes
@@ -35,6 +36,8 @@ def chain(store: Store, root: Path, part: str, seed: int, data: Path, tier: str 
         key, out = f"{part}/{seed}/{n}", runs / f"forget-{n:04d}"
         if not is_model_folder(out):
             store.content["cells"].pop(key, None)
+        elif not store.has(key):
+            shutil.rmtree(out)  # of a call that was stopped between the run and its audit
         reference = root / f"never-seen-{n}"
         store.measure(key, request, folder, data, classes, runs, seed, reference, tier, **options)
         folder = out
