@@ -39,7 +39,6 @@ DEPTHS = (
     16.0,
     32.0,
 )  # weight of what is taken from the features, stage by stage, while it costs nothing
-MARGIN = 0.5  # points by which a stage must be clear of a loss to go deeper: of several looks the luckiest is believed
 BLUR = 5.0  # points of retained accuracy whose loss validation must be able to rule out before a stage goes deeper
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
@@ -150,8 +149,8 @@ class Watch:
         return self.drop_most is not None and self.drop_most <= BLUR
 
     def lossless(self, max_forget: float) -> bool:
-        """Forgotten, and clear of a loss, by enough images to have seen it."""
-        return self.sharp and self.forgotten(max_forget) and self.drop_bound is not None and self.drop_bound <= -MARGIN
+        """Forgotten, with no sign of a loss, by enough images to have seen it."""
+        return self.sharp and self.forgotten(max_forget) and self.drop_bound is not None and self.drop_bound <= 0
 
     def stuck(self, earlier: Watch, max_forget: float) -> bool:
         """Forgotten twice, and the stage in between has won back no retained accuracy worth speaking of."""

@@ -383,7 +383,7 @@ def test_too_few_images_to_see_a_loss_go_no_deeper():
 
 
 def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
-    good, lossy = watched(), watched(bound=0.2 - control.MARGIN)
+    good, lossy = watched(), watched(bound=0.2)
     found, stages = decide(good, lossy, lossy, good, lossy, lossy, limit=9)
     assert found == [After.GO_ON] * 6
     assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
@@ -392,7 +392,7 @@ def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
 
 
 def test_the_last_stage_allowed_is_undone_where_it_lost():
-    assert decide(watched(), watched(bound=0.2 - control.MARGIN), limit=2)[0][-1] is After.GO_BACK
+    assert decide(watched(), watched(bound=0.2), limit=2)[0][-1] is After.GO_BACK
     assert decide(watched(), watched(), limit=2)[0][-1] is After.STOP
     assert decide(watched(forget=9), watched(forget=9), limit=2)[0][-1] is After.STOP
 
