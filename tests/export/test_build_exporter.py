@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import onnx
@@ -59,7 +60,8 @@ def test_an_export_measures_the_artifact_and_describes_it(run, images):
     assert sidecar["chain"]["position"] == 1
     assert sidecar["model"] == info.to_json()
     assert info.class_names == ["ant", "forgotten-1", "cat", "dog"]
-    assert not any(b"bee" in p.read_bytes() for p in (run / "artifacts").iterdir())
+    written = b"".join(p.read_bytes() for p in (run / "artifacts").iterdir())
+    assert not re.search(rb"(?<![0-9a-f])bee(?![0-9a-f])", written)  # but a hash may hold these three digits
 
 
 def test_the_data_of_the_run_is_used_where_it_still_is(original, tmp_path, make_run, images):
