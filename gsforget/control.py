@@ -42,6 +42,7 @@ DEPTHS = (
 BLUR = 5.0  # points of retained accuracy whose loss validation must be able to rule out before a stage goes deeper
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
+LEAK_WON, IDLE = 1.0, 2  # points of the leak that a deeper stage must win, and how many may fail to before it ends
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages, at least, where there are too few images for validation to tell
@@ -175,7 +176,7 @@ class StageControl:
     """Decides from validation how many stages there are, and how deep each goes.
 
     Stages follow each other until one satisfies, at least two where validation is too small to tell; then deeper ones,
-    for as long as validation sees no loss at all.  A deeper stage that costs retained accuracy is given `RETRIES` more to
+    for as long as validation sees no loss at all and a probe names ever fewer images to forget.  A deeper stage that costs retained accuracy is given `RETRIES` more to
     win it back, and is undone where they do not.
 
     Attributes:
@@ -194,14 +195,28 @@ class StageControl:
     good_depth: float = DEPTHS[0]
     done: int = 0
     failed: int = 0
+    idle: int = 0
     last: Watch | None = None
+
+    def _wins_nothing(self, watch: Watch) -> bool:
+        """Whether a deeper stage took no more from the features than the last good one."""
+        if self.good is None or self.depth == DEPTHS[0] or watch.leak is None or self.good.leak is None:
+            return False
+        return watch.leak > self.good.leak - LEAK_WON
 
     def after(self, watch: Watch) -> After:
         """Judge a stage; `good` is this watch afterwards if and only if it satisfied."""
         before, self.last, self.done = self.last, watch, self.done + 1
         lossless = watch.lossless(self.max_forget)
+        if lossless and self._wins_nothing(watch):
+            self.idle += 1
+            deeper = [d for d in DEPTHS if d > self.depth]
+            if self.idle == IDLE or not deeper or self.done == self.limit:
+                return After.GO_BACK
+            self.depth = deeper[0]
+            return After.GO_ON
         if lossless or (self.depth == DEPTHS[0] and watch.satisfied(self.max_forget, self.max_drop)):
-            self.good, self.good_depth, self.failed = watch, self.depth, 0
+            self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
             if not watch.sharp and self.done < STAGES_UNSEEN:
                 return After.GO_ON if self.done < self.limit else After.STOP
             deeper = [d for d in DEPTHS if d > self.depth] if self.deepens and lossless else []

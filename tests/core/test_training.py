@@ -126,13 +126,19 @@ def test_inactive_groups_are_exactly_zero_and_their_blocks_run_bare(done):
     assert hooked == {n for g in active for n in groups.blocks[g].linears}
 
 
-def test_it_goes_deeper_while_retained_accuracy_allows(three_blocks):
-    run = loop(three_blocks, count=640)
+def test_it_goes_deeper_while_retained_accuracy_allows_and_a_probe_names_fewer(three_blocks, monkeypatch):
+    run, leak = loop(three_blocks, count=640), Loop._leak
+    measured = []
+
+    def falling():
+        measured.append(leak(run))
+        return 90.0 - 10 * len(measured)
+
+    monkeypatch.setattr(run, "_leak", falling)
     chosen = run.run().chosen
-    leaks = [w.leak for w in run.trained.watches]
     assert chosen["depth"] in control.DEPTHS[1:]
-    assert len(leaks) >= chosen["stages"] > 1
-    assert all(0 <= leak <= 100 for leak in leaks)
+    assert len(measured) == chosen["stages"] > 1
+    assert all(0 <= found <= 100 for found in measured)
 
 
 def test_few_validation_images_end_it_at_the_first_depth(done):
@@ -345,8 +351,8 @@ def test_a_group_is_dead_after_its_patience():
     assert steering.after_step(norms, far, alive) == [0]
 
 
-def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0) -> Watch:
-    return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned))
+def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0, leak=None) -> Watch:
+    return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned), leak)
 
 
 def decide(*watches, deepens=True, limit=control.STAGES):
@@ -371,6 +377,15 @@ def test_stages_go_deeper_while_nothing_is_lost():
     found, stages = decide(*[watched()] * len(control.DEPTHS), limit=9)
     assert found == [After.GO_ON] * (len(control.DEPTHS) - 1) + [After.STOP]
     assert stages.good_depth == control.DEPTHS[-1]
+
+
+def test_depth_that_takes_nothing_from_the_features_is_undone():
+    found, stages = decide(*(watched(leak=leak) for leak in (60, 55, 54.5, 54.5)))
+    assert found == [After.GO_ON] * 3 + [After.GO_BACK]
+    assert (stages.good, stages.good_depth) == (watched(leak=55), control.DEPTHS[1])
+    found, stages = decide(*(watched(leak=leak) for leak in (60, 59.5, 50, 49.5)))
+    assert found == [After.GO_ON] * 4  # the third won, so that the count starts anew
+    assert stages.good_depth == control.DEPTHS[2]
 
 
 def test_too_few_images_to_see_a_loss_go_no_deeper():
