@@ -176,8 +176,8 @@ class StageControl:
     """Decides from validation how many stages there are, and how deep each goes.
 
     Stages follow each other until one satisfies, at least two where validation is too small to tell; then deeper ones,
-    for as long as validation sees no loss at all and a probe names ever fewer images to forget.  A deeper stage that costs retained accuracy is given `RETRIES` more to
-    win it back, and is undone where they do not.
+    for as long as validation sees no loss at all and a probe names ever fewer of the images to forget.  A deeper stage
+    that costs retained accuracy is given `RETRIES` more to win it back, and is undone where they do not.
 
     Attributes:
         max_forget, max_drop: percent and points at which a stage satisfies.
