@@ -204,26 +204,26 @@ class StageControl:
             return False
         return watch.leak > self.good.leak - LEAK_WON
 
+    def _deeper(self, end: After) -> After:
+        """Another stage at the next depth; `end` where there is none, or no stage left."""
+        deeper = [d for d in DEPTHS if d > self.depth]
+        if not deeper or self.done == self.limit:
+            return end
+        self.depth = deeper[0]
+        return After.GO_ON
+
     def after(self, watch: Watch) -> After:
-        """Judge a stage; `good` is this watch afterwards if and only if it satisfied."""
+        """Judge a stage; `good` is this watch afterwards if and only if it is the best so far."""
         before, self.last, self.done = self.last, watch, self.done + 1
         lossless = watch.lossless(self.max_forget)
         if lossless and self._wins_nothing(watch):
             self.idle += 1
-            deeper = [d for d in DEPTHS if d > self.depth]
-            if self.idle == IDLE or not deeper or self.done == self.limit:
-                return After.GO_BACK
-            self.depth = deeper[0]
-            return After.GO_ON
+            return After.GO_BACK if self.idle == IDLE else self._deeper(After.GO_BACK)
         if lossless or (self.depth == DEPTHS[0] and watch.satisfied(self.max_forget, self.max_drop)):
             self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
             if not watch.sharp and self.done < STAGES_UNSEEN:
                 return After.GO_ON if self.done < self.limit else After.STOP
-            deeper = [d for d in DEPTHS if d > self.depth] if self.deepens and lossless else []
-            if not deeper or self.done == self.limit:
-                return After.STOP
-            self.depth = deeper[0]
-            return After.GO_ON
+            return self._deeper(After.STOP) if self.deepens and lossless else After.STOP
         if self.good is not None:
             self.failed += 1
             return After.GO_BACK if self.failed > RETRIES or self.done == self.limit else After.GO_ON

@@ -282,10 +282,8 @@ class Loop:
 
     def _width(self) -> int:
         """How many features the widest feed-forward network reads."""
-        widths = {
-            g: min(p.module.in_features for p in self.groups.pairs if p.group == g) for g in range(len(self.groups))
-        }
-        return max(widths.values())
+        read = [[p.module.in_features for p in self.groups.pairs if p.group == g] for g in range(len(self.groups))]
+        return max(min(features) for features in read)
 
     def _first_layer(self) -> str:
         """Name of the first linear layer that still trains."""
