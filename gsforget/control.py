@@ -40,6 +40,7 @@ DEPTHS = (
     32.0,
 )  # weight of what is taken from the features, stage by stage, while it costs nothing
 BLUR = 5.0  # points of retained accuracy whose loss validation must be able to rule out before a stage goes deeper
+NOISE = 1.0  # points that validation may show as lost by a depth that costs nothing
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
 LEAK_WON, IDLE = 1.0, 2  # points of the leak that a deeper stage must win, and how many may fail to before it ends
@@ -118,8 +119,8 @@ class Watch:
     """What validation images say at one moment; percent and points, None where there are no such images.
 
     Attributes:
-        drop_bound: lower one-sided 95 % bound of the loss of retained accuracy, in points, as the gates judge it.  The
-            original has learned from these images, so that the loss itself, `retain_before` - `retain`, is overstated.
+        retain, retain_before: on views of the images, see `material`, which the original does not remember.
+        drop_bound: lower one-sided 95 % bound of the loss of retained accuracy, in points, as the gates judge it.
         drop_most: the upper bound; with few images it is large, and says that a loss would not be seen.
         old: of the classes that earlier requests forgot; returned: those of them that the model names again.
         leak: percent of images to forget whose class a fresh linear probe names, see `separability`.
@@ -150,8 +151,10 @@ class Watch:
         return self.drop_most is not None and self.drop_most <= BLUR
 
     def lossless(self, max_forget: float) -> bool:
-        """Forgotten, with no sign of a loss, by enough images to have seen it."""
-        return self.sharp and self.forgotten(max_forget) and self.drop_bound is not None and self.drop_bound <= 0
+        """Forgotten, with no loss beyond `NOISE`, by enough images to have seen it."""
+        if self.retain is None or self.retain_before is None:
+            return False
+        return self.sharp and self.forgotten(max_forget) and self.retain >= self.retain_before - NOISE
 
     def stuck(self, earlier: Watch, max_forget: float) -> bool:
         """Forgotten twice, and the stage in between has won back no retained accuracy worth speaking of."""
@@ -176,8 +179,8 @@ class StageControl:
     """Decides from validation how many stages there are, and how deep each goes.
 
     Stages follow each other until one satisfies, at least two where validation is too small to tell; then deeper ones,
-    for as long as validation sees no loss at all and a probe names ever fewer of the images to forget.  A deeper stage
-    that costs retained accuracy is given `RETRIES` more to win it back, and is undone where they do not.
+    for as long as validation sees no loss and a probe names ever fewer of the images to forget.  A stage that costs
+    retained accuracy is given `RETRIES` more to win it back, and is undone where they do not.
 
     Attributes:
         max_forget, max_drop: percent and points at which a stage satisfies.
@@ -220,15 +223,25 @@ class StageControl:
             self.idle += 1
             return After.GO_BACK if self.idle == IDLE else self._deeper(After.GO_BACK)
         if lossless or (self.depth == DEPTHS[0] and watch.satisfied(self.max_forget, self.max_drop)):
-            self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
-            if not watch.sharp and self.done < STAGES_UNSEEN:
-                return After.GO_ON if self.done < self.limit else After.STOP
-            return self._deeper(After.STOP) if self.deepens and lossless else After.STOP
+            return self._satisfied(watch, lossless)
         if self.good is not None:
             self.failed += 1
             return After.GO_BACK if self.failed > RETRIES or self.done == self.limit else After.GO_ON
         stuck = before is not None and watch.stuck(before, self.max_forget)
         return After.STOP if stuck or self.done == self.limit else After.GO_ON
+
+    def _satisfied(self, watch: Watch, lossless: bool) -> After:
+        if self.deepens and watch.sharp and not lossless:
+            self.failed += 1
+            if self.good is None or (watch.retain or 0) > (self.good.retain or 0):
+                self.good = watch
+            if self.failed <= RETRIES and self.done < self.limit:
+                return After.GO_ON
+            return After.STOP if self.good is watch else After.GO_BACK
+        self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
+        if not watch.sharp and self.done < STAGES_UNSEEN:
+            return After.GO_ON if self.done < self.limit else After.STOP
+        return self._deeper(After.STOP) if self.deepens and lossless else After.STOP
 
 
 def default_lr(width: int) -> float:

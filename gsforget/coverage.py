@@ -50,8 +50,8 @@ def count_warnings(
     if absent:
         found.append(
             f"{len(absent)} of {len(retained)} retained classes have no training images: {listed(absent)}. They are kept "
-            "only by what the images of the other classes hold on to; expect them to lose more than the others, and check "
-            "them in the table."
+            "by stand-ins, made of what the model takes for them; expect them to lose a few points more than the others, and "
+            "check them in the table."
         )
     for role, classes in (("forgotten", wanted), ("retained", retained)):
         few = [i for i in sorted(classes) if 0 < count[i] <= FEW]

@@ -253,29 +253,33 @@ class _Session:
     def train(self, report: Callable[[Event], None]) -> Trained:
         import torch
 
-        from gsforget.data import split_validation
+        from gsforget.material import gather
         from gsforget.tasks.classify import Classification, default_bound
         from gsforget.tasks.samples import SingleImages
         from gsforget.training import Loop
 
         settings, count = self.request.settings, len(self.source.names)
-        single, several = np.flatnonzero(self.single), np.flatnonzero(~self.single)
-        parts = split_validation(self.images.labels.numpy()[several], seed=settings.seed)
-        train, val = (torch.from_numpy(rows) for rows in (np.union1d(several[parts[0]], single), several[parts[1]]))
-        forget = torch.from_numpy(of_classes(self.images.labels, self.wanted) | self.single)
+        labels, single = self.images.labels.numpy(), torch.from_numpy(self.single)
         self.bound = default_bound(count) if settings.bnd is None else settings.bnd
+        lacking = [k for k in self.retained if not (labels == k).any()]
         task: Task = Classification(
-            count, tuple(self.wanted), tuple(self.erased), self.bound, self.request.method, self.base_sha256
+            count,
+            tuple(self.wanted),
+            tuple(self.erased),
+            self.bound,
+            self.request.method,
+            self.base_sha256,
+            firm=bool(lacking),
         )
-        if len(single):
+        self.model.requires_grad_(False)
+        material = gather(self.model, self.images, self.wanted, self.erased, single, lacking, settings.seed)
+        if single.any():
             shown = self._logits_of(self.aside, np.arange(len(self.aside)))
             task = SingleImages(shown, self.aside.labels, tuple(self.erased))
             if settings.epochs is None:
-                kept = len(train) - len(single)
-                per_epoch = -(-kept // min(settings.batch_size, kept))
+                per_epoch = -(-material.kept // min(settings.batch_size, material.kept))
                 settings = replace(settings, epochs=SETTLE_STEPS / per_epoch)
-        old = torch.from_numpy(of_classes(self.images.labels, self.erased))
-        loop = Loop(self.model, task, self.images, train, val, forget, settings, report, old)
+        loop = Loop(self.model, task, material, settings, report)
         try:
             return loop.run()
         except BaseException:  # the module may be the caller's: take the hooks off, also after Ctrl-C

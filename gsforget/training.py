@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from gsforget.gates import paired_drop
 from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups
+from gsforget.material import Material
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.tasks.base import Duel, Losses, Seen, Task
@@ -42,16 +43,6 @@ from gsforget.tasks.base import Duel, Losses, Seen, Task
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
 Event = dict[str, Any]
-
-
-class Images(Protocol):
-    """Images by index, with labels int64 [N]."""
-
-    labels: Tensor
-
-    def batch(self, indices: Tensor) -> Tensor:
-        """int64 [B] -> float32 [B, C, H, W]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,31 +95,32 @@ class Loop:
         self,
         model: nn.Module,
         task: Task,
-        images: Images,
-        train: Tensor,
-        val: Tensor,
-        forget: Tensor,
+        material: Material,
         settings: Settings,
         progress: Callable[[Event], None] | None = None,
-        old: Tensor | None = None,
     ):
         """
         Args:
             model: logits from images; on the device on which to train.
-            train, val: int64 rows of `images` to learn from and to decide by (may be empty).
-            forget: bool [N], which images belong to the classes to forget.
+            material: what to learn from and to decide by.  Images of classes that earlier requests forgot are learned
+                from only where validation says that the model names their class again.
             progress: called with one small dict per step and per validation.
-            old: bool [N], which images belong to classes that earlier requests forgot: they are learned from only where
-                validation says that the model names their class again.  None: there are none.
         """
-        self.model, self.task, self.images, self.settings = model.eval().requires_grad_(False), task, images, settings
+        self.model, self.task, self.settings = model.eval().requires_grad_(False), task, settings
+        self.images, forget, old, train, val = (
+            material.images,
+            material.forget,
+            material.old,
+            material.train,
+            material.val,
+        )
         self.progress = progress or (lambda _event: None)
         self.device = next(model.parameters()).device
-        old = torch.zeros_like(forget) if old is None else old
-        self.earlier = EarlierClasses.of(images.labels.cpu(), old, train, val)
+        self.earlier = EarlierClasses.of(self.images.labels.cpu(), old, train, val)
         train, val = train[~old[train]], val[~old[val]]
-        self.forget, self.train, self.val = forget | old, train, val
-        self.labels = images.labels.to(self.device)
+        self.forget, self.val = forget | old, val
+        self.material, self.known = material, material.known[~old[material.known]]
+        self.labels = self.images.labels.to(self.device)
         shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
         self.glance = val[shuffled[:GLANCE_IMAGES]]
         self.rng = torch.Generator().manual_seed(settings.seed)
@@ -151,7 +143,7 @@ class Loop:
     def run(self) -> Trained:
         start = time.perf_counter()
         before = self.seen_of(torch.arange(len(self.labels)))
-        here = [x.to(self.device) for x in (self.forget, self.train)]
+        here = [x.to(self.device) for x in (self.forget, self.known)]
         self.objective = self.task.objective(before, self.labels, *here)
         self.right_before = self.task.correct(before.outputs, self.labels)
         self._forget_again(self._returned(self.right_before[self.earlier.val.to(self.device)].cpu()))
@@ -192,7 +184,7 @@ class Loop:
 
     def _settle_until_satisfied(self) -> int:
         """Stages as validation wants them; by a fixed number where there is none.  Returns how many there were."""
-        per_epoch = -(-len(self.pools["retain"]) // max(1, self.batch_retain))
+        per_epoch = -(-self.material.kept // max(1, self.batch_retain))
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
         weights = weights_from(self.model, self._first_layer(), self.probe[:2]) if self.objective.duel else []
@@ -203,7 +195,8 @@ class Loop:
                 self._settle(length)
             return fixed
         limit = stage_limit(length) if s.epochs is None else 1
-        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, self.objective.deepens, limit)
+        deepens = self.objective.deepens and not self.material.blind
+        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, deepens, limit)
         after, kept = After.GO_ON, (self.groups.flat.detach().clone(), self._alive())
         while after is After.GO_ON:
             self._settle(length)

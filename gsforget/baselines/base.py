@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from gsforget.training import Images
+    from gsforget.views import Images
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gsforget.errors import RequestError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gsforget.training import Images
+    from gsforget.views import Images
 
 BIAS = -1e4  # below any logit, and a number that float16 holds
 

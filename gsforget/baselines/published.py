@@ -43,7 +43,7 @@ from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.groups import LoRAGroups, LoRAPair
 
 if TYPE_CHECKING:
-    from gsforget.training import Images
+    from gsforget.views import Images
 
 EVAL_BATCH = 256
 

@@ -11,6 +11,7 @@ from gsforget.separability import Separability
 from gsforget.tasks.base import Seen
 from gsforget.tasks.classify import (
     ASCENT_WEIGHT,
+    FIRM_PULL,
     PULL_WEIGHT,
     PUSH_BOUND,
     PUSH_WEIGHT,
@@ -112,18 +113,19 @@ def test_correct_is_by_unmasked_logits():
     assert task.correct(outputs, torch.tensor([0, 1])).tolist() == [True, False]
 
 
-def gs_lora_pp(features, labels, forget, method="gs-lora++"):
+def gs_lora_pp(features, labels, forget, method="gs-lora++", **options):
     """The objective of a request to forget class 0, from a model whose logits are all zero."""
     count = len(labels)
-    task = Classification(3, (0,), (), 3.0, method)
+    task = Classification(3, (0,), (), 3.0, method, **options)
     return task.objective(Seen(torch.zeros(count, 3), features), labels, forget, torch.arange(count))
 
 
-def test_push_pull_and_separability_add_up():
+@pytest.mark.parametrize("firm", [False, True])
+def test_push_pull_and_separability_add_up(firm):
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(30, 5, generator=generator), torch.arange(30) % 3
     forget = labels == 0
-    objective = gs_lora_pp(features, labels, forget)
+    objective = gs_lora_pp(features, labels, forget, firm=firm)
     now, rows = features + 0.5 * torch.randn(30, 5, generator=generator), torch.arange(30)
     got = objective.losses(Seen(torch.zeros(30, 3), now), rows)
     plain = gs_lora_pp(features, labels, forget, "gs-lora").losses(Seen(torch.zeros(30, 3), torch.empty(0)), rows)
@@ -133,7 +135,7 @@ def test_push_pull_and_separability_add_up():
     separability = Separability(features, labels, rows, forget)
     least = SEPARABILITY_WEIGHT * separability.loss(now, rows, forget)
     push = PUSH_WEIGHT * (PUSH_BOUND - away).relu().mean()
-    torch.testing.assert_close(got.retain, plain.retain + PULL_WEIGHT * pull)
+    torch.testing.assert_close(got.retain, plain.retain + (FIRM_PULL if firm else PULL_WEIGHT) * pull)
     torch.testing.assert_close(got.forget, plain.forget + push + least)
 
 

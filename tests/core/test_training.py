@@ -6,24 +6,13 @@ from dataclasses import dataclass, replace
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gsforget import control
-from gsforget.control import (
-    After,
-    StageControl,
-    StrengthControl,
-    Watch,
-    default_lr,
-    default_target,
-    product_forces,
-    settle_steps,
-    stage_limit,
-)
+from gsforget.control import default_target, product_forces
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.lora.groups import LoRAGroups
+from gsforget.material import Material
 from gsforget.tasks.classify import Classification, default_bound
 from gsforget.training import Loop, Settings
 
@@ -94,7 +83,8 @@ def loop(model, count=160, validation=True, forget=(BEE,), images=None, progress
     task = Classification(CLASSES, forget, (), default_bound(CLASSES))
     chosen = Settings(**{"rank": 4, "batch_size": 32, **options})
     gone = torch.isin(images.labels, torch.tensor(forget))
-    return Loop(copy.deepcopy(model), task, images, rows[:cut], rows[cut:], gone, chosen, progress)
+    material = Material.plain(images, rows[:cut], rows[cut:], gone)
+    return Loop(copy.deepcopy(model), task, material, chosen, progress)
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +131,19 @@ def test_it_goes_deeper_while_retained_accuracy_allows_and_a_probe_names_fewer(t
     assert all(0 <= found <= 100 for found in measured)
 
 
+def test_where_retained_classes_have_no_images_it_goes_no_deeper(three_blocks):
+    run = loop(three_blocks, count=640)
+    run.material = replace(run.material, blind=True)
+    chosen = run.run().chosen
+    assert (chosen["stages"], chosen["depth"]) == (1, control.DEPTHS[0])
+
+
+def test_an_epoch_is_as_long_as_what_is_there_however_much_is_made(three_blocks):
+    run = loop(three_blocks, epochs=2, target_groups=3)
+    run.material = replace(run.material, kept=40)
+    assert run.run().chosen["steps"] == 2 * -(-40 // 32)
+
+
 def test_few_validation_images_end_it_at_the_first_depth(done):
     run, _, _ = done
     assert (run.trained.chosen["stages"], run.trained.chosen["depth"]) == (2, control.DEPTHS[0])
@@ -154,7 +157,7 @@ def test_a_deeper_stage_that_costs_retained_accuracy_is_undone(three_blocks, mon
     def lossy():
         found = watch()
         kept.append(run.groups.flat.detach().clone())
-        return found if len(kept) == 1 else replace(found, drop_bound=9.0)
+        return found if len(kept) == 1 else replace(found, retain=found.retain_before - 1.01 * control.NOISE)
 
     monkeypatch.setattr(run, "_watch", lossy)
     chosen = run.run().chosen
@@ -231,7 +234,7 @@ def test_a_class_forgotten_earlier_that_is_named_again_is_forgotten_again(three_
     task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES), method)
     gone, old = images.labels == BEE, images.labels == cat
     settings = Settings(rank=4, batch_size=32)
-    run = Loop(copy.deepcopy(three_blocks), task, images, rows[:128], rows[128:], gone, settings, None, old)
+    run = Loop(copy.deepcopy(three_blocks), task, Material.plain(images, rows[:128], rows[128:], gone, old), settings)
     chosen = run.run().chosen
     assert chosen["forgotten_again"] == [cat]
     watch = run.trained.watches[-1]
@@ -251,7 +254,7 @@ def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(thre
     task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES))
     gone, old = images.labels == BEE, images.labels == cat
     settings = Settings(rank=4, batch_size=32)
-    run = Loop(quiet, task, images, rows[:128], rows[128:], gone, settings, None, old)
+    run = Loop(quiet, task, Material.plain(images, rows[:128], rows[128:], gone, old), settings)
     assert run.run().chosen["forgotten_again"] == []
     used = torch.cat([*run.pools.values()])
     assert not old[used].any()
@@ -310,133 +313,3 @@ def test_product_forces_are_weighted_spectral_norms(three_blocks):
         norms = [torch.linalg.svdvals(w.grad.double())[0] for w in (block.mlp.fc1.weight, block.mlp.fc2.weight)]
         want = torch.stack(norms).norm() / groups.weights[group]
         assert forces[group].item() == pytest.approx(want.item(), rel=1e-4)
-
-
-def steer(strength=1.0, target=1, groups=3, **options) -> StrengthControl:
-    return StrengthControl(strength, target, torch.zeros(groups, dtype=torch.int64), **options)
-
-
-def test_strength_grows_and_falls():
-    steering, alive = steer(), torch.ones(3, dtype=torch.bool)
-    far = torch.full((3,), 1e9, dtype=torch.float64)
-    steering.after_step(torch.ones(3), far, alive)
-    assert steering.strength == pytest.approx(control.GROWTH)
-    steering.after_step(torch.tensor([0.0, 0, 1]), far, alive)
-    assert steering.strength == pytest.approx(control.GROWTH * control.DECAY)
-    held = steer()
-    held.after_step(torch.tensor([0.0, 0, 1]), torch.tensor([0.2, 0.1, 9.0]), alive)
-    assert held.strength == pytest.approx(control.HOLD * 0.2)  # no more than holds the zero groups
-    fixed = steer(fixed=True)
-    fixed.after_step(torch.ones(3), far * 0 + 1e-9, alive)
-    fixed.bound(far * 0 + 1e-9)
-    assert fixed.strength == 1
-
-
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
-def test_strength_never_removes_the_groups_asked_for(critical, target):
-    steering = steer(1e9, target, len(critical))
-    steering.bound(torch.tensor(critical, dtype=torch.float64))
-    assert sum(c > steering.strength for c in critical) >= min(target, len(critical))
-
-
-def test_a_group_is_dead_after_its_patience():
-    steering, alive = steer(), torch.tensor([True, True, False])
-    norms, far = torch.tensor([0.0, 1, 0]), torch.full((3,), 1e9, dtype=torch.float64)
-    for _ in range(control.PATIENCE - 1):
-        assert steering.after_step(norms, far, alive) == []
-    steering.after_step(torch.ones(3), far, alive)  # it lives again: the count starts anew
-    for _ in range(control.PATIENCE - 1):
-        assert steering.after_step(norms, far, alive) == []
-    assert steering.after_step(norms, far, alive) == [0]
-
-
-def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0, leak=None) -> Watch:
-    return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned), leak)
-
-
-def decide(*watches, deepens=True, limit=control.STAGES):
-    """What is decided after each stage, and the control at the end."""
-    stages = StageControl(1.0, 0.5, deepens, limit)
-    return [stages.after(w) for w in watches], stages
-
-
-def test_stages_end_when_validation_is_satisfied_and_there_is_no_depth():
-    found, stages = decide(watched(forget=9), watched(), deepens=False)
-    assert found == [After.GO_ON, After.STOP]
-    assert (stages.good, stages.done) == (watched(), 2)
-
-
-def test_a_first_stage_may_lose_what_the_limit_allows_but_goes_no_deeper_then():
-    found, stages = decide(watched(bound=0.4))
-    assert found == [After.STOP]
-    assert stages.good_depth == control.DEPTHS[0]
-
-
-def test_stages_go_deeper_while_nothing_is_lost():
-    found, stages = decide(*[watched()] * len(control.DEPTHS), limit=9)
-    assert found == [After.GO_ON] * (len(control.DEPTHS) - 1) + [After.STOP]
-    assert stages.good_depth == control.DEPTHS[-1]
-
-
-def test_depth_that_takes_nothing_from_the_features_is_undone():
-    found, stages = decide(*(watched(leak=leak) for leak in (60, 55, 54.5, 54.5)))
-    assert found == [After.GO_ON] * 3 + [After.GO_BACK]
-    assert (stages.good, stages.good_depth) == (watched(leak=55), control.DEPTHS[1])
-    found, stages = decide(*(watched(leak=leak) for leak in (60, 59.5, 50, 49.5)))
-    assert found == [After.GO_ON] * 4  # the third won, so that the count starts anew
-    assert stages.good_depth == control.DEPTHS[2]
-
-
-def test_too_few_images_to_see_a_loss_go_no_deeper():
-    blurred = watched(bound=-9.0, most=control.BLUR + 1)
-    found, stages = decide(blurred, blurred)
-    assert found == [After.GO_ON, After.STOP]
-    assert stages.good_depth == stages.depth == control.DEPTHS[0]
-    assert decide(blurred, limit=1)[0] == [After.STOP]
-    assert decide(watched(bound=-9.0, most=control.BLUR))[0] == [After.GO_ON]
-
-
-def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
-    good, lossy = watched(), watched(bound=0.2)
-    found, stages = decide(good, lossy, lossy, good, lossy, lossy, limit=9)
-    assert found == [After.GO_ON] * 6
-    assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
-    assert stages.after(lossy) is After.GO_BACK
-    assert stages.good_depth == control.DEPTHS[1]
-
-
-def test_the_last_stage_allowed_is_undone_where_it_lost():
-    assert decide(watched(), watched(bound=0.2), limit=2)[0][-1] is After.GO_BACK
-    assert decide(watched(), watched(), limit=2)[0][-1] is After.STOP
-    assert decide(watched(forget=9), watched(forget=9), limit=2)[0][-1] is After.STOP
-
-
-def test_a_class_that_is_back_satisfies_nothing():
-    found, stages = decide(watched(returned=[3]), watched())
-    assert found == [After.GO_ON, After.GO_ON]
-    assert stages.good_depth == control.DEPTHS[0]
-
-
-def test_stages_that_win_nothing_end():
-    assert decide(watched(bound=2.0, retain=90.0), watched(bound=2.0, retain=90.1))[0] == [After.GO_ON, After.STOP]
-    assert decide(watched(bound=2.0, retain=90.0), watched(bound=2.0, retain=91.0))[0] == [After.GO_ON, After.GO_ON]
-
-
-def test_small_rules():
-    assert [default_target(n) for n in (1, 3, 4, 12, 24)] == [1, 1, 2, 4, 8]
-    assert [default_lr(n) for n in (24, 96, 384, 768)] == pytest.approx([5e-3, 5e-3, 1.25e-3, 6.25e-4])
-    assert [stage_limit(n) for n in (1, 120, 180, 300, 5000)] == [6, 6, 4, 2, 1]
-    assert [settle_steps(n) for n in (1, 30, 60, 100, 10**6)] == [120, 120, 180, 300, 300]
-    watch = Watch(1, 0.0, 97.0, 98.0, 0.4, 1.6, [0])
-    assert watch.satisfied(1, 0.5)  # down by a point, of which chance may explain 0.6
-    assert not Watch(1, 0.0, 95.0, 98.0, 0.6, 5.4, [0]).satisfied(1, 0.5)
-    assert not Watch(1, 2.0, 98.0, 98.0, 0.0, 0.0, [0]).satisfied(1, 0.5)
-    assert Watch(1, 0.0, None, None, None, None, [0]).satisfied(1, 0.5)
-    assert Watch(1, None, 98.0, 98.0, 0.0, 0.0, [0]).satisfied(1, 0.5)
-    assert not Watch(1, 0.0, 98.0, 98.0, 0.0, 0.0, [0], 20.0, [3]).satisfied(1, 0.5)
-    back = Watch(2, 0.0, 98.0, 98.0, 0.0, 0.0, [0], 20.0, [3])
-    assert watch.stuck(watch, 1)
-    assert not back.stuck(watch, 1)
-    assert not watch.stuck(back, 1)
-    assert not Watch(2, 0.0, 97.0 + control.STUCK, 98.0, 0.0, 0.0, [0]).stuck(watch, 1)

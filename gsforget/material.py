@@ -1,0 +1,119 @@
+"""What a request learns from and decides by: the images that are there, and what stands for those that are not.
+
+- A class with a handful of images gets `views` of them, so that forgetting carries over to other images of the class and
+  keeping does.
+- A retained class without images gets `stand_ins`, and views of them; then the other retained images get a view each as
+  well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
+- Retained validation images are replaced by a mild view each: the images themselves the model remembers, and so their
+  loss would say too much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gsforget.data import split_validation
+from gsforget.stand_ins import stand_ins
+from gsforget.views import Images, Joined, Views
+
+FEW, FILL = 16, 32  # a class with fewer images gets views, until there are so many
+BESIDE = 3  # views of each stand-in, and of each retained image beside them
+MOST = 12_000  # views of a kind, in all
+MILD = 0.5  # strength of the views that validation looks at
+
+
+@dataclass(frozen=True)
+class Material:
+    """Images of a request and what each is for; rows are int64, flags bool [N].
+
+    Attributes:
+        images: all of them, made ones after those that are there.
+        train, val: rows to learn from and to decide by; val may be empty.
+        forget: to forget now; old: of classes that earlier requests forgot.
+        known: rows of `train` that show their class as it is, which made images of a class without any do not.
+        kept: how many retained images of `train` are there, and not made: those of one epoch.
+        blind: whether there are retained classes that validation sees nothing of.
+    """
+
+    images: Images
+    train: Tensor
+    val: Tensor
+    forget: Tensor
+    old: Tensor
+    known: Tensor
+    kept: int
+    blind: bool = False
+
+    @classmethod
+    def plain(cls, images: Images, train: Tensor, val: Tensor, forget: Tensor, old: Tensor | None = None) -> Material:
+        """Of images as they are."""
+        old = torch.zeros_like(forget) if old is None else old
+        return cls(images, train, val, forget, old, train, int((~(forget | old)[train]).sum()))
+
+
+def gather(
+    model: nn.Module,
+    images: Images,
+    forget: Sequence[int],
+    erased: Sequence[int],
+    single: Tensor,
+    lacking: Sequence[int],
+    seed: int,
+) -> Material:
+    """Split the images of a request, and make what is lacking.
+
+    Args:
+        model: logits from images, in eval mode and frozen, from before the request.
+        images: that are there, N.
+        forget, erased: classes to forget now, and those that earlier requests forgot.
+        single: bool [N], images to forget by themselves: they are only learned from, and there are no views of them.
+        lacking: retained classes without images.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    several = torch.nonzero(~single).flatten()
+    learn, val = (
+        several[torch.from_numpy(rows)] for rows in split_validation(images.labels[several].numpy(), seed=seed)
+    )
+    gone = torch.tensor([*forget, *erased], dtype=torch.int64)
+    usable = learn[~torch.isin(images.labels[learn], torch.tensor(erased, dtype=torch.int64))]
+    kept = usable[~torch.isin(images.labels[usable], gone)]
+    shown: list[Images] = [
+        Views(images, _some(usable.repeat_interleave(_lacking_views(images.labels[usable])), rng), rng)
+    ]
+    instead: list[Images] = []
+    if lacking and len(kept):
+        made = stand_ins(model, images, kept, lacking, gone.tolist(), rng)
+        each = torch.arange(len(made.labels)).repeat(BESIDE)
+        instead = [made, Views(made, each, rng), Views(images, _some(kept.repeat(BESIDE), rng), rng)]
+    remembered = torch.isin(images.labels[val], gone)
+    judged = Views(images, val[~remembered], rng, MILD)
+    joined = Joined([images, *shown, *instead, judged])
+    first, second, third, end = (joined.ends[k] for k in (0, 1, -2, -1))
+    there = torch.cat([learn, torch.nonzero(single).flatten()]).sort().values
+    by_itself = torch.zeros(end, dtype=torch.bool)
+    by_itself[: len(single)] = single
+    return Material(
+        joined,
+        train=torch.cat([there, torch.arange(first, third)]),
+        val=torch.cat([val[remembered], torch.arange(third, end)]),
+        forget=by_itself | torch.isin(joined.labels, torch.tensor(forget, dtype=torch.int64)),
+        old=torch.isin(joined.labels, torch.tensor(erased, dtype=torch.int64)) & ~by_itself,
+        known=torch.cat([there, torch.arange(first, second)]),
+        kept=len(kept),
+        blind=bool(lacking),
+    )
+
+
+def _lacking_views(labels: Tensor) -> Tensor:
+    """How many views of each image bring its class to `FILL` or more where it has less than `FEW`, int64 [N]."""
+    counts = torch.bincount(labels)[labels] if len(labels) else labels
+    return torch.where(counts < FEW, -(-FILL // counts.clamp_min(1)) - 1, 0)
+
+
+def _some(rows: Tensor, rng: torch.Generator) -> Tensor:
+    """At most `MOST` of them, at random."""
+    return rows if len(rows) <= MOST else rows[torch.randperm(len(rows), generator=rng)[:MOST]]
