@@ -147,13 +147,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=["sequence", "gs-lora", "shots", "missing", "floors", "all"], default="all")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
-    parser.add_argument("--tier", choices=["quick", "standard", "full"], default="full", help="of the audits")
+    parser.add_argument("--tier", choices=["none", "quick", "standard", "full"], default="full", help="of audits")
     parser.add_argument("--print", action="store_true")
     args = parser.parse_args()
     store, data = Store(args.results, False), args.dir / "data"
     for seed in () if args.print else map(int, args.seeds.split(",")):
         if args.part in ("sequence", "all"):
-            chain(store, args.dir, "sequence", seed, data, args.tier)
+            chain(store, args.dir, "sequence", seed, data, None if args.tier == "none" else args.tier)
         if args.part in ("gs-lora", "all"):
             chain(store, args.dir, "gs-lora", seed, data, method="gs-lora")
         if args.part in ("shots", "all"):

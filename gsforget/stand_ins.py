@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from gsforget.lora.blocks import as_logits
 from gsforget.views import Given, Images, Views, moved, random_moves
 
-PER_CLASS, IN_ALL = 60, 2000  # stand-ins at most
+PER_CLASS, IN_ALL, BYTES = 60, 2000, 2**28  # stand-ins at most, and the memory that they may take
 BLENDS = 4000  # candidates that the model is shown
 STEPS, STEP = 20, 0.05  # of the change; the step as Adam's, in units of the normalised pixels
 MILD = 0.5  # strength of the moves meanwhile
@@ -42,7 +42,8 @@ def stand_ins(
     said = torch.cat([_logits(model, blends.batch(i).to(device)) for i in torch.arange(BLENDS).split(BATCH)])
     said[:, list(gone)] = -torch.inf
     likely = said.log_softmax(1)
-    each = max(1, min(PER_CLASS, IN_ALL // len(classes)))
+    most = min(IN_ALL, BYTES // blends.batch(torch.zeros(1, dtype=torch.int64)).nbytes)
+    each = max(1, min(PER_CLASS, most // len(classes)))
     chosen = torch.cat([likely[:, k].topk(each).indices for k in classes])
     labels = torch.tensor(classes).repeat_interleave(each)
     pixels = [_drawn_to(model, blends.batch(at).to(device), to.to(device), rng).cpu()

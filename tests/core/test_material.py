@@ -129,6 +129,12 @@ def test_there_is_an_end_to_what_is_made(monkeypatch):
     assert len(m.train) <= len(there.labels) + 3 * MOST
 
 
+def test_large_images_get_fewer_stand_ins(monkeypatch):
+    monkeypatch.setattr(made_up, "BYTES", 9 * 4 * SIDE * SIDE)
+    _, m = prepared(40, 40, 40, 40, 0, lacking=(4,))
+    assert per_class(m, m.train)[4] == 9 * 4
+
+
 def test_the_model_is_left_as_it_was():
     model, there = images(40, 40, 40, 40, 0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
