@@ -186,7 +186,9 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 def _unusable(reason: str) -> RequestError:
     return RequestError(
-        f"The preprocessing values cannot be used: {reason}.", "Correct --mean, --std, --crop-pct or --interpolation, or the model's config.json.", "bad_config"
+        f"The preprocessing values cannot be used: {reason}.",
+        "Correct --mean, --std, --crop-pct or --interpolation, or the model's config.json.",
+        "bad_config",
     )
 
 

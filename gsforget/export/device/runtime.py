@@ -5,7 +5,6 @@ Engines are refused with a sentence until their inference has been run on the ha
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gsforget.errors import RequestError
+from gsforget.export.device.gpu import cuda_devices
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
 from gsforget.export.device.preprocess import Preprocess
 
@@ -122,19 +122,6 @@ def check_artifact(path: str | Path) -> Path:
             "no_model",
         )
     return path
-
-
-def cuda_devices() -> int:
-    """Number of NVIDIA GPUs, asked from the driver itself; 0 without a driver."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-    return 0
 
 
 def _runtime() -> Any:
