@@ -16,6 +16,7 @@ from gsforget.cli.output import emit_json, next_command, say, table
 class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
+    bf16 = "bf16"
 
 
 class Backend(StrEnum):

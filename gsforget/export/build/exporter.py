@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from gsforget.export.build.chain import ChainInfo
     from gsforget.export.build.parity import Samples
     from gsforget.export.device.metadata import ArtifactInfo
+    from gsforget.export.device.runtime import OnnxPredictor
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 Progress = Callable[[str], None]
 
 
@@ -46,7 +47,7 @@ def export_model(
     Args:
         run: a run folder, or a model folder; default: the newest run under `runs/`.
         onnx, trt: write an ONNX file, an engine, or both.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
         targets: GPUs of the engine, such as ``sm86``; empty: what the builder takes by default.
         batch: smallest, usual and largest batch of the engine.
         data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
@@ -83,7 +84,9 @@ def export_model(
     if targets and not trt:
         raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
-        raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
+        raise RequestError(
+            f"There is no precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
+        )
     folder = Path(run) if run is not None else newest_run()
     plan = builder.choose(backend, tuple(targets)) if trt else None
     sizes = builder.check_batch(tuple(batch))
@@ -129,6 +132,7 @@ class _Export:
         self.request = read_request(folder)
         self.info = self._info(model_id(folder), "features" if with_features else None)
         self.samples: Samples | None = None
+        self.measured_on = ""
         self.not_tested: list[str] = []
         self.made: list[_Made] = []
         if not chain.complete:
@@ -176,12 +180,11 @@ class _Export:
     def check(self) -> None:
         """Parity of the ONNX file with the model, and the run's gates on the file itself."""
         from gsforget.export.build import parity
-        from gsforget.export.device.runtime import open_model
         from gsforget.predict import TorchPredictor
 
         self.progress("comparing the artifact with the model")
         onnx_file = self.made[0].path
-        predictor = open_model(onnx_file, "cpu")
+        predictor, self.measured_on = open_at(onnx_file, self.precision, onnx_file.parent)
         reference = TorchPredictor(self.model)
         measured = parity.evaluate(reference, predictor, self.info.preprocess, self.precision, self.samples)
         self.parity, peak, right = measured
@@ -213,8 +216,8 @@ class _Export:
         for made in self.made:
             if made.kind == "onnx" and not onnx:
                 continue
-            runtime = "onnxruntime" if made.kind == "onnx" else "onnxruntime, same precision"
-            parity = {**self.parity, "measured_on": runtime}
+            same = "" if made.kind == "onnx" or self.precision == "bf16" else ", same precision"
+            parity = {**self.parity, "measured_on": f"{self.measured_on}{same}"}
             content = describe(made.path, made.kind, self.info, self.chain, source, made.targets, parity, made.extra)
             final = place / made.path.name
             stale = _old_data(final)
@@ -228,6 +231,16 @@ class _Export:
             entries.append({"path": str(final), **{k: content[k] for k in shown}})
         chain = self.chain.to_json()
         return {"artifacts": entries, "verdict": "pass", "chain": chain, "not_tested": self.not_tested}
+
+
+def open_at(onnx_file: Path, precision: str, scratch: Path) -> tuple[OnnxPredictor, str]:
+    """An ONNX file ready to answer on the CPU at its precision, and in words what computes its answers."""
+    from gsforget.export.build import bfloat16
+    from gsforget.export.device.runtime import OnnxPredictor
+
+    if precision == "bf16":
+        return bfloat16.open_emulated(onnx_file, scratch), bfloat16.MEASURED_ON
+    return OnnxPredictor(onnx_file, "cpu"), "onnxruntime"
 
 
 def _place(folder: Path, out: Path | None) -> Path:
@@ -258,12 +271,12 @@ def _place(folder: Path, out: Path | None) -> Path:
 def _fit(model: nn.Module, state: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
     """Load weights at a precision into the float32 model, and return them with its buffers at that precision."""
     from gsforget.checkpoint import apply_weights
-    from gsforget.export.build.chain import round_half
+    from gsforget.export.build.chain import ROUNDED, round_to
 
-    if precision == "fp16":
+    if precision in ROUNDED:
         single = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
         apply_weights(model, single, WEIGHTS)
-        return {n: round_half(t, n) for n, t in model.state_dict().items()}
+        return {n: round_to(t, n, precision) for n, t in model.state_dict().items()}
     return dict(model.state_dict())
 
 
