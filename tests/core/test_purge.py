@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gsforget import ledger, purge
+from gsforget.canonical import canonical
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256, write_file
 from gsforget.lineage import ancestors
@@ -209,7 +210,7 @@ def test_a_parent_that_is_another_chain_is_not_purged(runs):
     _, first, second = runs
     entries = ledger.parse(ledger.read_lines(first / "ledger.jsonl"))
     changed = {**entries[0], "method": "other"}
-    (first / "ledger.jsonl").write_text(ledger.canonical(changed) + "\n")
+    (first / "ledger.jsonl").write_text(canonical(changed) + "\n")
     with pytest.raises(SafetyError, match="not the beginning of the chain"):
         purge.plan(second, chain=True)
     assert (first / WEIGHTS).exists()
