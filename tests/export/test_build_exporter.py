@@ -120,7 +120,7 @@ def test_an_artifact_that_remembers_is_not_published(run, images):
     for path in (images / "test").rglob("*.png"):  # all images of one class, as the model sees them
         path.unlink()
     model, config = load_model(run)
-    predictor, info = TorchPredictor(model), exporter._Export(run, "fp32", False, print).info
+    predictor, info = TorchPredictor(model), exporter.Export(run, "fp32", False, print).info
     rng = np.random.default_rng(5)
     from PIL import Image
 

@@ -90,8 +90,8 @@ def export_model(
     folder = Path(run) if run is not None else newest_run()
     plan = builder.choose(backend, tuple(targets)) if trt else None
     sizes = builder.check_batch(tuple(batch))
-    place = _place(folder, Path(out) if out else None)
-    export = _Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
+    place = find_place(folder, Path(out) if out else None)
+    export = Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
@@ -106,7 +106,7 @@ def export_model(
 
 
 @dataclass
-class _Made:
+class Made:
     """An artifact that is not published yet: its file, kind, GPUs, and further fields for its sidecar."""
 
     path: Path
@@ -115,7 +115,7 @@ class _Made:
     extra: dict[str, Any]
 
 
-class _Export:
+class Export:
     """The state of one export while it runs."""
 
     def __init__(self, folder: Path, precision: str, trust_code: bool, progress: Progress, with_features: bool = False):
@@ -134,7 +134,7 @@ class _Export:
         self.samples: Samples | None = None
         self.measured_on = ""
         self.not_tested: list[str] = []
-        self.made: list[_Made] = []
+        self.made: list[Made] = []
         if not chain.complete:
             self.not_tested.append(
                 f"rounding is replayed from erasure {chain.base}, not from the original model: {chain.reason}"
@@ -175,7 +175,7 @@ class _Export:
         if unused:
             self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
         files = {p.name: sha256(p) for p in data_files(path)}
-        self.made.append(_Made(path, "onnx", [], {"data_files": files} if files else {}))
+        self.made.append(Made(path, "onnx", [], {"data_files": files} if files else {}))
 
     def check(self) -> None:
         """Parity of the ONNX file with the model, and the run's gates on the file itself."""
@@ -203,7 +203,7 @@ class _Export:
         source = self.made[0].path
         path = scratch / f"{source.stem}-{plan.label}.engine"
         built = build_engine(source, path, plan, batch)
-        self.made.append(_Made(path, "engine", list(plan.targets), {**built, "onnx_sha256": sha256(source)}))
+        self.made.append(Made(path, "engine", list(plan.targets), {**built, "onnx_sha256": sha256(source)}))
         self.not_tested.append("the engine itself has not run: parity and accuracies are those of its ONNX file")
 
     def publish(self, place: Path, onnx: bool) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def open_at(onnx_file: Path, precision: str, scratch: Path) -> tuple[OnnxPredict
     return OnnxPredictor(onnx_file, "cpu"), "onnxruntime"
 
 
-def _place(folder: Path, out: Path | None) -> Path:
+def find_place(folder: Path, out: Path | None) -> Path:
     """Where artifacts go.  Raises RequestError for a place inside an original model."""
     from gsforget.export.build.chain import REQUEST
 
