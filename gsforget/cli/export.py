@@ -27,11 +27,18 @@ class Backend(StrEnum):
 
 def export(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run folder or a model folder; default: the newest run.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN|MODEL.onnx",
+            help="A run folder or a model folder (default: the newest run); or an exported file, for --trt on a device.",
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file whose weights keep their names.")] = False,
     trt: Annotated[bool, typer.Option("--trt", help="A TensorRT engine.")] = False,
-    precision: Annotated[Precision, typer.Option("--precision", help="Of weights and arithmetic.")] = Precision.fp32,
+    precision: Annotated[
+        Precision | None,
+        typer.Option("--precision", help="Of weights and arithmetic; default: fp32, or the file's own."),
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option("--targets", help="GPUs of the engine, such as sm86,sm89,sm120 (what rtx builds by default)."),
@@ -44,6 +51,10 @@ def export(
         Path | None, typer.Option("--data", help="Images to measure on; default: those of the run.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the artifacts; default: RUN/artifacts.")] = None,
+    triton_repo: Annotated[
+        Path | None,
+        typer.Option("--triton-repo", help="A model repository of NVIDIA Triton to publish in; version = erasures."),
+    ] = None,
     with_features: Annotated[
         bool, typer.Option("--with-features", help="A second output for audits: what the classifier reads.")
     ] = False,
@@ -52,23 +63,26 @@ def export(
 ) -> None:
     """Export a model, check that the artifact answers as the model does and has forgotten, and publish it."""
     from gsforget.errors import GateError
-    from gsforget.export.build import export_model
 
+    common: dict[str, Any] = {
+        "trt": trt,
+        "precision": precision.value if precision else None,
+        "targets": parse_list(targets, "--targets"),
+        "batch": parse_batch(batch),
+        "backend": backend.value,
+        "out": out,
+        "triton_repo": triton_repo,
+        "progress": lambda text: say(f"{text} …", "dim"),
+    }
     try:
-        made = export_model(
-            run,
-            onnx=onnx,
-            trt=trt,
-            precision=precision.value,
-            targets=parse_list(targets, "--targets"),
-            batch=parse_batch(batch),
-            data=data,
-            backend=backend.value,
-            out=out,
-            with_features=with_features,
-            trust_code=trust_code,
-            progress=lambda text: say(f"{text} …", "dim"),
-        )
+        if run is not None and run.is_file():  # a device has no torch
+            from gsforget.export.device.engine import export_file
+
+            made = export_file(run, **common)
+        else:
+            from gsforget.export.build import export_model
+
+            made = export_model(run, onnx=onnx, data=data, with_features=with_features, trust_code=trust_code, **common)
     except GateError as error:
         if not as_json:
             raise
@@ -85,7 +99,12 @@ def export(
     if as_json:
         emit_json(made)
     first = next((a for a in made["artifacts"] if a["kind"] == "onnx"), None)
-    if first is None:
+    if made.get("triton"):
+        _tell_triton(made["triton"])
+    elif first is None and run is not None and run.is_file():
+        engine = made["artifacts"][0]["path"]
+        next_command(f"{'tensorrt_rtx' if '-rtx-' in engine else 'trtexec'} --loadEngine={shlex.quote(engine)}")
+    elif first is None:
         next_command(shlex.join(["gsforget", "export", *([str(run)] if run else []), "--onnx"]))
     else:
         next_command(f"gsforget infer {shlex.quote(first['path'])} IMAGE")
@@ -103,6 +122,13 @@ def parse_batch(text: str) -> tuple[int, ...]:
         ) from error
 
 
+def _tell_triton(triton: dict[str, Any]) -> None:
+    for path in triton["older"]:
+        say(f"{path} still serves fewer erasures of the same model: export it as well, or remove it.")
+    say(f"{triton['path']} is version {triton['version']} of {triton['model']}; older versions are gone.")
+    next_command(f"curl -X POST localhost:8000/v2/repository/models/{triton['model']}/load")
+
+
 def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
     parity = artifact["parity"]
     percent = ("top1_agreement", "forget_acc", "retain_acc")
@@ -111,6 +137,6 @@ def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
         f"{artifact['bytes'] / 1e6:.1f} MB",
         artifact["precision"],
         " ".join(artifact["targets"]) or "any",
-        f"{parity['max_abs_diff']:.1e}",
+        "-" if parity["max_abs_diff"] is None else f"{parity['max_abs_diff']:.1e}",
         *("-" if parity[k] is None else f"{parity[k]:.1f} %" for k in percent),
     )
