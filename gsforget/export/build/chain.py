@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.factors import to_bfloat16
 from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
 from gsforget.purged import day, find_purged
 
@@ -109,7 +110,7 @@ def round_to(tensor: Tensor, name: str, precision: str) -> Tensor:
         return tensor
     values = tensor.detach().cpu().to(torch.float64).numpy()
     if precision == "bf16":
-        rounded = torch.from_numpy(_to_bfloat16(values)).to(torch.bfloat16)
+        rounded = torch.from_numpy(to_bfloat16(values).view(np.int16)).view(torch.bfloat16)
     else:
         with np.errstate(over="ignore"):
             rounded = torch.from_numpy(values.astype(np.float16))
@@ -121,13 +122,6 @@ def round_to(tensor: Tensor, name: str, precision: str) -> Tensor:
             "out_of_range",
         )
     return rounded
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float64 to the nearest bfloat16 values, ties to even, still as float64; infinite beyond their range."""
-    steps = np.ldexp(1.0, np.maximum(np.frexp(values)[1], -125) - BITS["bf16"])  # the distance of neighbours there
-    rounded = np.rint(values / steps) * steps  # both by powers of two, so exact
-    return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, values), rounded)
 
 
 def _walk_back(folder: Path) -> tuple[Path, list[Path], str]:

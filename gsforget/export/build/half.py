@@ -53,7 +53,8 @@ def to_half(model: ir.Model, keep: set[str], precision: str = "fp16") -> None:
     for node in graph:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             raise RequestError(
-                f"The model branches or loops inside its graph (operator {node.op_type}), which {precision} export does not cover.",
+                f"The model branches or loops inside its graph (operator {node.op_type}), which {precision} export does not "
+                "cover.",
                 "Type --precision fp32.",
                 "no_half",
             )

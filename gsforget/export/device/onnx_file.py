@@ -20,7 +20,7 @@ def read_properties(path: Path) -> dict[str, str]:
     """The `metadata_props` of an ONNX file.  Raises RequestError (kind ``bad_artifact``) for a file that is none."""
     try:
         with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            pairs = [dict(_fields(data, *span)) for number, span in _fields(data, 0, len(data)) if number == PROPERTIES]
+            pairs = [dict(fields(data, *span)) for number, span in fields(data, 0, len(data)) if number == PROPERTIES]
             return {data[slice(*p[1])].decode(): data[slice(*p[2])].decode() if 2 in p else "" for p in pairs if 1 in p}
     except ValueError as error:  # an empty file cannot be mapped; text that is not UTF-8
         raise RequestError(
@@ -28,7 +28,7 @@ def read_properties(path: Path) -> dict[str, str]:
         ) from error
 
 
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
     """Field numbers of a message, and where in the data the value of each lies.  Raises ValueError for no message."""
     while at < end:
         key, at = _varint(data, at, end)
@@ -47,7 +47,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, tuple[int
         at += size
 
 
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
     """A number of seven bits per byte, lowest first, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
