@@ -11,7 +11,6 @@ import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,19 +24,11 @@ WORKERS = min(4, os.cpu_count() or 1)
 REPAIR = "Install a full package: gsforget apply model-….gsf --device-dir DIR, made by gsforget export --patch --full."
 
 
-@contextmanager
-def mapped(path: Path) -> Iterator[memoryview]:
-    """A file's bytes, read from the disk where they are looked at.  Raises OSError; a file without bytes gives none."""
+def mapped(path: Path) -> memoryview:
+    """A file's bytes, read from the disk where they are looked at.  Raises OSError where it cannot be opened."""
     with open(path, "rb") as handle:
-        if os.fstat(handle.fileno()).st_size == 0:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            view = memoryview(whole)
-            try:
-                yield view
-            finally:
-                view.release()
+        empty = os.fstat(handle.fileno()).st_size == 0
+        return memoryview(b"" if empty else mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @dataclass
@@ -144,7 +135,7 @@ def rest_sha256(old: memoryview | bytes, edits: tuple[TensorEdit | GiveEdit, ...
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array)).cast("B")
+    return np.ascontiguousarray(array).data.cast("B")
 
 
 def _wrong_base(what: str) -> SafetyError:

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"  # ends the name of a file that is being written; a dot begins it
+CHUNK = 2**22  # bytes that are copied at a time
 
 
 def write_file(path: Path, data: bytes | memoryview | str) -> None:
     """Write and flush to disk under a temporary name, then rename: the file is complete or absent."""
-    raw = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name}.partial")
+    write_pieces(path, [data.encode() if isinstance(data, str) else data])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """As ``write_file``, for a file that is made piece by piece."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with open(partial, "wb") as handle:
-            handle.write(raw)
+            for piece in pieces:
+                handle.write(piece)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """As ``write_file``, with the bytes of another file."""
+    with open(source, "rb") as handle:
+        write_pieces(path, _chunks(handle))
+
+
+def _chunks(handle: BinaryIO) -> Iterator[bytes]:
+    while chunk := handle.read(CHUNK):
+        yield chunk
 
 
 def sha256(path: str | Path) -> str:
