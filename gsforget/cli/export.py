@@ -1,4 +1,4 @@
-"""`gsforget export`: a run as ONNX or as a TensorRT engine, compared with the model before it is published."""
+"""`gsforget export`: a run as ONNX, as a TensorRT engine or as a patch, compared with the model before it is published."""
 
 from __future__ import annotations
 
@@ -58,12 +58,36 @@ def export(
     with_features: Annotated[
         bool, typer.Option("--with-features", help="A second output for audits: what the classifier reads.")
     ] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="A signed patch that leads devices from the model before to this one.")
+    ] = False,
+    previous: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="PREVIOUS", help="The run, model folder or artifact that the patch starts from."
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --patch: whole files, for devices without the model before.")
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="Signing key; default: $GSFORGET_KEY, else ~/.config/gsforget/signing.key."),
+    ] = None,
+    expires: Annotated[
+        int | None, typer.Option("--expires", metavar="DAYS", help="How long devices accept the patch; default: 365.")
+    ] = None,
+    encrypt_for: Annotated[
+        Path | None, typer.Option("--encrypt-for", metavar="FLEET", help="Encrypt it for a fleet's fleet.pub.json.")
+    ] = None,
     trust_code: TrustCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model, check that the artifact answers as the model does and has forgotten, and publish it."""
     from gsforget.errors import GateError
 
+    of_patch = {"previous": previous, "full": full, "key": key, "expires": expires, "encrypt_for": encrypt_for}
+    _check_kind(patch, onnx or trt or with_features or bool(targets or triton_repo), of_patch)
     common: dict[str, Any] = {
         "trt": trt,
         "precision": precision.value if precision else None,
@@ -75,10 +99,16 @@ def export(
         "progress": lambda text: say(f"{text} …", "dim"),
     }
     try:
-        if run is not None and run.is_file():  # a device has no torch
+        if run is not None and run.is_file() and not patch:  # a device has no torch
             from gsforget.export.device.engine import export_file
 
             made = export_file(run, **common)
+        elif patch:
+            from gsforget.export.build import export_patch
+
+            given: dict[str, Any] = {k: v for k, v in of_patch.items() if v is not None}
+            shared = {k: v for k, v in common.items() if k in ("precision", "out", "progress") and v is not None}
+            made = export_patch(run, data=data, trust_code=trust_code, **given, **shared)
         else:
             from gsforget.export.build import export_model
 
@@ -94,12 +124,16 @@ def export(
         map(_row, made["artifacts"]),
         numbers=("size", "max diff", "same top-1", "forgotten acc", "retained acc"),
     )
+    for package in _packages(made):
+        _tell_package(package)
     for note in made["not_tested"]:
         say(f"Not tested: {note}.")
     if as_json:
         emit_json(made)
     first = next((a for a in made["artifacts"] if a["kind"] == "onnx"), None)
-    if made.get("triton"):
+    if patch:
+        next_command(*(f"gsforget apply {shlex.quote(a['path'])} --device-dir DIR" for a in _packages(made)))
+    elif made.get("triton"):
         _tell_triton(made["triton"])
     elif first is None and run is not None and run.is_file():
         engine = made["artifacts"][0]["path"]
@@ -120,6 +154,36 @@ def parse_batch(text: str) -> tuple[int, ...]:
         raise RequestError(
             f"--batch {text!r} is not MIN,OPT,MAX.", "For example --batch 1,8,64.", "bad_batch"
         ) from error
+
+
+def _check_kind(patch: bool, others: bool, of_patch: dict[str, Any]) -> None:
+    """Raise RequestError (kind ``mixed_kinds``) where options of a patch meet those of other artifacts."""
+    from gsforget.errors import RequestError
+
+    if patch and others:
+        raise RequestError(
+            "A patch is exported by itself: it brings the new ONNX file and engines along.",
+            "Type --patch without --onnx, --trt, --targets, --triton-repo and --with-features.",
+            "mixed_kinds",
+        )
+    if not patch and any(of_patch.values()):
+        raise RequestError(
+            "--from, --full, --key, --expires and --encrypt-for belong to a patch.", "Add --patch.", "mixed_kinds"
+        )
+
+
+def _packages(made: dict[str, Any]) -> list[dict[str, Any]]:
+    return [a for a in made["artifacts"] if a["kind"] in ("patch", "full")]
+
+
+def _tell_package(package: dict[str, Any]) -> None:
+    for file in package["replaces"]:
+        size = f"{file['bytes'] / 1e6:.1f} MB"
+        if file["patched_equals_rebuilt"]:
+            say(f"{file['name']} ({size}): the patched file is the rebuilt one, {file['ratio']:.0f} times the package.")
+        else:
+            say(f"{file['name']} ({size}) is packed whole.")
+    say(f"Signed by key {package['key_id']}, accepted until {package['expires']}.")
 
 
 def _tell_triton(triton: dict[str, Any]) -> None:

@@ -104,6 +104,12 @@ def export_patch(
         )
     if expires < 1:
         raise RequestError(f"A package cannot expire after {expires} days.", "For example --expires 90.", "bad_expires")
+    if full and previous is not None:
+        raise RequestError(
+            "A whole model starts from nothing, and a patch from the model before.",
+            "Type --from without --full, or --full without --from.",
+            "two_bases",
+        )
     recipient = read_public_key(Path(encrypt_for), "fleet") if encrypt_for else None
     signing = Signing(find_signing_key(Path(key) if key else None), expires, recipient)
     folder = Path(run) if run is not None else newest_run()

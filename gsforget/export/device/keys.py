@@ -110,7 +110,7 @@ class FleetKey:
             raise SafetyError(
                 f"The payload is encrypted for fleet key {encryption.recipient}, and this device has "
                 f"{self.public.key_id}.",
-                "Ask for a package for this fleet: gsforget export --patch --fleet fleet.pub.json.",
+                "Ask for a package for this fleet: gsforget export --patch --encrypt-for fleet.pub.json.",
                 "wrong_fleet_key",
             )
         ephemeral = bytes.fromhex(encryption.ephemeral)
