@@ -39,20 +39,23 @@ class Edits:
         manifest: of the package, verified.
         payload: its plain bytes.
         tensors: those computed so far, by name, as stored, [rows, columns].
+        prepared: names of the artifacts that were prepared.
     """
 
     manifest: Manifest
     payload: bytes
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    prepared: set[str] = field(default_factory=set)
 
     def prepare(self, old: memoryview, artifact: PatchedArtifact) -> None:
-        """Check an old file and compute its new tensors; nothing is written.
+        """Check an old file and compute its new tensors, once; nothing is written.
 
         Raises SafetyError: ``wrong_base`` where the old file or a tensor in it is another one, ``wrong_result`` where a
         new tensor does not have the hash that was signed, ``inexact_delta`` and ``out_of_range`` for factors that no
         build gives.
         """
-        assert artifact.before is not None
+        if artifact.before is None or artifact.name in self.prepared:
+            return
         changes = {t.name: t for t in self.manifest.tensors}
         edits = [e for e in artifact.edits if isinstance(e, TensorEdit)]
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -65,6 +68,7 @@ class Edits:
             todo = {e.tensor: e for e in edits if e.tensor not in self.tensors}
             made = {name: pool.submit(self._tensor, old, edit, changes[name]) for name, edit in todo.items()}
             self.tensors |= {name: future.result() for name, future in made.items()}
+        self.prepared.add(artifact.name)
 
     def pieces(self, old: memoryview, artifact: PatchedArtifact) -> Iterator[memoryview]:
         """The new file's bytes, from first to last; after ``prepare``."""

@@ -191,8 +191,7 @@ class Intent:
         manifest: SHA-256 of the manifest of `pending.gsf`; None of an install.
         ledger: SHA-256 of the ledger's last line before it.
         replaced: SHA-256 of a broken ledger that a repair begins anew; else None.
-        artifacts: what is made.
-        old: names of artifacts to delete afterwards.
+        artifacts: what is made; all else in `models/` is deleted afterwards.
     """
 
     kind: str
@@ -202,25 +201,18 @@ class Intent:
     ledger: str
     replaced: str | None
     artifacts: tuple[Made, ...]
-    old: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            **asdict(self),
-            "artifacts": [asdict(a) for a in self.artifacts],
-            "old": list(self.old),
-        }
+        return {"format": FORMAT, **asdict(self), "artifacts": [asdict(a) for a in self.artifacts]}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Intent:
         made = cls(
-            **{k: v for k, v in raw.items() if k not in ("format", "artifacts", "old")},
+            **{k: v for k, v in raw.items() if k not in ("format", "artifacts")},
             artifacts=tuple(Made(**a) for a in raw["artifacts"]),
-            old=tuple(raw["old"]),
         )
         _check_same(made.to_json(), raw)
-        names = (*made.old, *(a.name for a in made.artifacts), *(a.base for a in made.artifacts if a.base))
+        names = (*(a.name for a in made.artifacts), *(a.base for a in made.artifacts if a.base))
         if made.kind not in KINDS or not all(is_plain_name(n) for n in names) or type(made.sequence) is not int:
             raise ValueError("not an intent record")
         return made
@@ -237,6 +229,7 @@ class DeviceFolder:
         self.acknowledge: Acknowledge = acknowledge or AckFolder(self.root)
         self.models = self.root / MODELS
         self.pending = self.root / PENDING
+        self.ledger = self.root / LEDGER
 
     @contextmanager
     def locked(self, wait: float = WAIT) -> Iterator[None]:
@@ -275,7 +268,7 @@ class DeviceFolder:
 
     def entries(self) -> list[Entry]:
         """The ledger's lines, chained.  Raises SafetyError ``broken_ledger``."""
-        path = self.root / LEDGER
+        path = self.ledger
         lines = read_lines(path, REPAIR)
         entries: list[Entry] = []
         previous, counter = FIRST, 0
@@ -334,7 +327,7 @@ class DeviceFolder:
             if record is not None:
                 found.append(record.sequence)
                 model_ids.add(record.model_id)
-        for line in _lines(self.root / LEDGER):
+        for line in _lines(self.ledger):
             try:
                 entry = Entry.parse(line)
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -387,9 +380,8 @@ class DeviceFolder:
 
     def append(self, entry: Entry) -> None:
         """Add a line to the ledger, whole or not at all; a line with ``replaced`` begins a new ledger."""
-        path = self.root / LEDGER
-        before = [] if entry.replaced else read_lines(path, REPAIR)
-        write_file(path, "".join(f"{line}\n" for line in (*before, entry.line())))
+        before = [] if entry.replaced else read_lines(self.ledger, REPAIR)
+        write_file(self.ledger, "".join(f"{line}\n" for line in (*before, entry.line())))
         flush_folder(self.root)
 
     def forget_intent(self) -> None:
@@ -397,19 +389,24 @@ class DeviceFolder:
         (self.root / INTENT).unlink(missing_ok=True)
         flush_folder(self.root)
 
-    def clean(self, keep: tuple[Held, ...], old: tuple[str, ...]) -> list[str]:
-        """Delete old artifacts, their sidecars and caches, what was left half written, and the pending package.
+    def forget_ledger(self) -> None:
+        """Remove the ledger, of an install that is taken back."""
+        self.ledger.unlink(missing_ok=True)
+        flush_folder(self.root)
 
-        Returns the names of the artifacts that were deleted.
+    def clean(self, keep: tuple[Held, ...]) -> list[str]:
+        """Delete all artifacts but those to keep, their sidecars and caches, and the pending package.
+
+        Returns the names of what was deleted from `models/`, without sidecars.
         """
-        kept = {a.name for a in keep}
-        removed = []
-        for name in old:
-            path = self.models / name
-            if name not in kept and (path.is_symlink() or path.exists() or sidecar_path(path).exists()):
-                path.unlink(missing_ok=True)
-                sidecar_path(path).unlink(missing_ok=True)
-                removed.append(name)
+        kept = {n for a in keep for n in (a.name, f"{a.name}.json")}
+        removed = [p for p in self._in_models() if p.name not in kept]
+        # An artifact before its sidecar: a sidecar alone is nothing that could load.
+        for path in sorted(removed, key=lambda p: p.suffix == ".json"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self._remove_partial()
         digests = {a.sha256 for a in keep}
         for folder in (self.root / CACHE).glob("*"):
@@ -419,7 +416,7 @@ class DeviceFolder:
             flush_folder(self.models)
         self.pending.unlink(missing_ok=True)
         flush_folder(self.root)
-        return removed
+        return [p.name for p in removed if p.suffix != ".json"]
 
     def sweep(self) -> None:
         """Remove what a call left behind that ended before its intent record: half-written files, a pending package."""
@@ -448,7 +445,7 @@ class DeviceFolder:
     def _check_ledger(self, state: State, entries: list[Entry]) -> None:
         hashes = [line_sha256(e.line()) for e in entries]
         if state.ledger not in hashes:
-            message = f"{self.root / LEDGER} was cut or changed: it lacks the line that {STATE} names."
+            message = f"{self.ledger} was cut or changed: it lacks the line that {STATE} names."
             raise SafetyError(message, REPAIR, "broken_ledger")
         if state.ledger != hashes[-1]:
             message = (
