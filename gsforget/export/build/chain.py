@@ -68,7 +68,8 @@ def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainIn
             f"There are no weights at precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
         )
     base, steps, reason = _walk_back(folder)
-    state = {n: round_to(t, n, precision) for n, t in read_weights(base / WEIGHTS, as_saved=True).items()}
+    first = own if base == folder else read_weights(base / WEIGHTS, as_saved=True)
+    state = {n: round_to(t, n, precision) for n, t in first.items()}
     for run in steps:
         state = _replay(state, run, precision)
     if steps:
@@ -108,7 +109,10 @@ def round_to(tensor: Tensor, name: str, precision: str) -> Tensor:
 
     if not tensor.is_floating_point():
         return tensor
-    values = tensor.detach().cpu().to(torch.float64).numpy()
+    exact = (
+        tensor.dtype == torch.float32 and precision == "fp16"
+    )  # numpy rounds these once as they are, five times sooner
+    values = tensor.detach().cpu().to(torch.float32 if exact else torch.float64).numpy()
     if precision == "bf16":
         rounded = torch.from_numpy(to_bfloat16(values).view(np.int16)).view(torch.bfloat16)
     else:
