@@ -1,4 +1,4 @@
-"""`gsforget infer`: what a model sees in images; for an .onnx file without torch."""
+"""`gsforget infer`: what a model sees in images; for an .onnx file and a device folder without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def infer(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a model folder or an .onnx file.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run or model folder, an .onnx file, or a device folder.")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 5,
     device: DeviceOption = Device.auto,
@@ -44,7 +46,9 @@ def infer(
         emit_json(found)
     else:
         table(("Image", "Class", "Score", "Then"), map(_row, found["images"]), numbers=("Score",))
-    if model.is_dir():
+    from gsforget.export.device.store import is_device_folder
+
+    if model.is_dir() and not is_device_folder(model):
         next_command(f"gsforget export {shlex.quote(str(model))} --onnx")
     else:
         named = images if len(images) <= 3 else sorted({path.parent if path.is_file() else path for path in images})
@@ -53,16 +57,19 @@ def infer(
 
 
 def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preprocess, tuple[int, ...], list[str]]:
-    """The predictor of a model folder (torch) or an artifact (its runtime), with what is needed to use it."""
-    if not model.is_dir():
+    """The predictor of a model folder (torch), or of an artifact or device folder (its runtime), and how to use it."""
+    from gsforget.export.device.store import is_device_folder
+
+    on_device = is_device_folder(model)
+    if on_device or not model.is_dir():
+        from gsforget.export.device.apply import open_device
         from gsforget.export.device.runtime import open_model
 
-        artifact = open_model(model, device)
+        artifact = open_device(model, device) if on_device else open_model(model, device)
         return artifact, artifact.info.preprocess, artifact.info.forgotten, artifact.info.class_names
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import load_model
-    from gsforget.predict import pick_device
-    from gsforget.predict import TorchPredictor
+    from gsforget.predict import TorchPredictor, pick_device
 
     network, config = load_model(model, trust_code)
     predictor = TorchPredictor(network, pick_device(device))

@@ -17,7 +17,7 @@ from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device.edit import Edits
 from gsforget.export.device.files import copy_file, flush_folder, sha256
-from gsforget.export.device.keys import Trust, read_public_key
+from gsforget.export.device.keys import ROTATION, Trust, read_json, read_public_key, read_rotation
 from gsforget.export.device.manifest import Manifest, PatchedArtifact, is_plain_name
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, sidecar_path
 from gsforget.export.device.opening import load, try_out
@@ -128,6 +128,29 @@ def open_device(
         if predictor is not None:
             return predictor
         time.sleep(0.02)
+
+
+def trust_key(file: str | Path, root: str | Path, wait: float = WAIT) -> Trust:
+    """Let a device trust its first signing key, or follow a rotation; what was begun is finished first.
+
+    Args:
+        file: `signing.pub.json` or `rotation.json`.
+        root: the device folder; made where it is absent.
+
+    Raises RequestError for a file that is neither, SafetyError ``other_trust`` or ``bad_rotation``.
+    """
+    folder = DeviceFolder(root)
+    raw = read_json(Path(file))
+    rotation = read_rotation(Path(file)) if raw.get("kind") == ROTATION else None
+    key = None if rotation else read_public_key(Path(file))
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with folder.locked(wait):
+        RollForward(folder).recover()
+        before = folder.trust()
+        trusted = before.rotated(rotation) if rotation else before.add(key) if key else before
+        if trusted != before:
+            folder.write_trust(trusted)
+    return trusted
 
 
 def _load_beside(folder: DeviceFolder, device: str) -> Predictor | None:

@@ -19,9 +19,9 @@ import numpy as np
 from gsforget.errors import SafetyError
 from gsforget.export.device.factors import STORED, Factors
 from gsforget.export.device.manifest import GiveEdit, Manifest, PatchedArtifact, TensorChange, TensorEdit
+from gsforget.export.device.store import REPAIR
 
 WORKERS = min(4, os.cpu_count() or 1)
-REPAIR = "Install a full package: gsforget apply model-….gsf --device-dir DIR, made by gsforget export --patch --full."
 
 
 def mapped(path: Path) -> memoryview:

@@ -134,7 +134,7 @@ def seal(plain: bytes, recipient: PublicKey, identity: bytes) -> tuple[bytes, En
             "Payloads are encrypted for a fleet key, not for a signing key.", "Name fleet.pub.json.", "not_a_fleet_key"
         )
     if len(plain) > LARGEST_SEALED:
-        raise RequestError("A payload beyond 2 GiB cannot be encrypted.", "Leave out the fleet key.", "too_large")
+        raise RequestError("A payload beyond 2 GiB cannot be encrypted.", "Leave out --encrypt-for.", "too_large")
     ephemeral = X25519PrivateKey.generate()
     public = ephemeral.public_key().public_bytes_raw()
     shared = ephemeral.exchange(X25519PublicKey.from_public_bytes(recipient.public))
@@ -172,13 +172,18 @@ def new_keys(folder: Path, fleet: bool = False) -> tuple[Path, Path]:
     return private, public
 
 
+def signing_key_path(given: Path | None = None) -> Path:
+    """Where the signing key is looked for: a path, else $GSFORGET_KEY, else `~/.config/gsforget/signing.key`."""
+    named = given or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    return named or default_folder() / FILES[SIGNING][0]
+
+
 def find_signing_key(given: Path | None = None) -> SigningKey:
-    """The signing key from a path, else from $GSFORGET_KEY, else from `~/.config/gsforget/signing.key`.
+    """The signing key, from where ``signing_key_path`` looks.
 
     Raises RequestError ``no_key`` where there is none, and as ``read_signing_key`` does.
     """
-    named = given or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
-    path = named or default_folder() / FILES[SIGNING][0]
+    path = signing_key_path(given)
     if not path.is_file():
         raise RequestError(f"There is no signing key {path}.", "Make one: gsforget keys new.", "no_key")
     return read_signing_key(path)
@@ -258,6 +263,27 @@ def rotate(old: SigningKey, new: PublicKey, from_sequence: int) -> Rotation:
         )
     made = Rotation(old.key_id, new, from_sequence)
     return replace(made, signature=old.sign(made.message()))
+
+
+def rotate_keys(old: Path | None, out: Path | None, from_sequence: int) -> tuple[Path, Path, Path, Rotation]:
+    """Make the signing key that follows another, and write `rotation.json` beside it.
+
+    Args:
+        old: the key to retire; default as for ``find_signing_key``.
+        out: folder of the new pair; default: `from-N` beside the old key.
+
+    Returns:
+        The paths of the new private key, its public half and the rotation; and the rotation.
+
+    Raises RequestError as ``find_signing_key``, ``new_keys`` and ``rotate`` do.
+    """
+    path = signing_key_path(old)
+    retiring = find_signing_key(old)
+    private, public = new_keys(out or path.parent / f"from-{from_sequence:04d}")
+    made = rotate(retiring, read_public_key(public), from_sequence)
+    statement = private.with_name("rotation.json")
+    write_json(statement, made.to_json())
+    return private, public, statement, made
 
 
 def read_rotation(path: Path) -> Rotation:

@@ -32,7 +32,7 @@ TRUST, FLEET_KEY, LOCK = "trust.json", "fleet.key", "lock"
 MODELS, CACHE, ACKS = "models", "cache", "acks"
 KINDS = ("install", "patch", "full")
 WAIT = 60.0  # seconds that one process waits for another
-REPAIR = "Install a full package of the newest model: gsforget apply model-….gsf --device-dir DIR."
+REPAIR = "Install a full package, made by gsforget export --patch --full: gsforget apply FILE.gsf --device-dir DIR."
 
 
 class RollbackCounter(Protocol):
@@ -475,8 +475,9 @@ class DeviceFolder:
 
 
 def is_device_folder(path: Path) -> bool:
-    """Whether a folder holds a device's state, or an install that was begun."""
-    return any((path / name).exists() for name in (STATE, LEDGER, INTENT))
+    """Whether a folder holds a device's state, or what is left of one; a run folder has a ledger too, but no `models/`."""
+    left = (path / LEDGER).exists() and (path / MODELS).is_dir()
+    return left or any((path / name).exists() for name in (STATE, INTENT))
 
 
 def now_text() -> str:
