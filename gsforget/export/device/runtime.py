@@ -26,9 +26,15 @@ PROVIDERS = {
 
 
 class Predictor(Protocol):
-    """A loaded artifact."""
+    """A loaded artifact.
+
+    Attributes:
+        info: what it says of itself.
+        path: the file.
+    """
 
     info: ArtifactInfo
+    path: Path
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """float32 images [N, C, H, W] to float32 logits [N, K]."""
@@ -77,6 +83,7 @@ class OnnxPredictor:
         cache: Path | None = None,
     ):
         sidecar = check_hash(path)
+        self.path = path
         self._session = _session(path, _providers(device, cache))
         if PROVIDERS.get(device, "") not in ("", *self._session.get_providers()):
             raise RequestError(
@@ -121,9 +128,11 @@ class OnnxPredictor:
         size = self._batch or max(len(images), 1)
         parts = [images[i : i + size] for i in range(0, len(images), size)] or [images]
         short = size - len(parts[-1]) if self._batch else 0
-        parts[-1] = np.pad(parts[-1], ((0, short), (0, 0), (0, 0), (0, 0)))
+        if short:
+            parts[-1] = np.pad(parts[-1], ((0, short), (0, 0), (0, 0), (0, 0)))
         runs = [self._session.run(names, {self.info.input_name: part}) for part in parts]
-        return [np.concatenate(of_one)[: len(images)].astype(np.float32) for of_one in zip(*runs, strict=True)]
+        whole = (np.concatenate(of_one) if len(of_one) > 1 else of_one[0] for of_one in zip(*runs, strict=True))
+        return [one[: len(images)].astype(np.float32, copy=False) for one in whole]
 
 
 def check_artifact(path: str | Path) -> Path:
@@ -196,6 +205,12 @@ def _session(path: Path, providers: list[Any]) -> Any:
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if "NOT_IMPLEMENTED" in first:
+            raise RequestError(
+                f"ONNX Runtime has no code for {path} on this machine ({first}).",
+                "Run it on a GPU; on a CPU use a file of --precision fp32 or fp16, since ONNX Runtime knows no bf16 there.",
+                "no_kernel",
+            ) from error
         raise RequestError(
             f"ONNX Runtime cannot load {path} ({first}).", "Copy the file again, or export it again.", "bad_artifact"
         ) from error
