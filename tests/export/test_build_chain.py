@@ -137,6 +137,6 @@ def test_other_precisions_are_refused(original):
 
 
 def test_the_chain_is_named_by_its_original(chain):
-    folder, first, _ = chain
+    folder, first, second = chain
     name = sha256(folder / "model.safetensors")[:16]
-    assert model_id(folder) == model_id(first) == name
+    assert model_id(folder) == model_id(first) == model_id(second) == name

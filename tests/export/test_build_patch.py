@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from gsforget.errors import GateError, RequestError, SafetyError
 from gsforget.export.build import export_model, export_patch
-from gsforget.export.build.answers import APART, noise
+from gsforget.export.build.answers import APART
 from gsforget.export.build.exporter import open_at
+from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.keys import FleetKey, Trust, new_keys, read_fleet_key, read_public_key
+from gsforget.export.device.opening import noise
 from gsforget.export.device.package import read_package, verify
 from gsforget.folder import sha256
 
@@ -84,28 +86,23 @@ def digest(data):
 def test_patches_in_order_give_the_bytes_of_fresh_exports(copied, tmp_path, precision):
     engine = {"trt": True, "backend": "rtx", "targets": ("sm86", "sm89"), "batch": (1, 2, 4)} if HAS_RTX else {}
     export_model(copied.original, onnx=True, precision=precision, **engine)
+    ends = (".onnx", *((f"{ENGINE}.engine",) if HAS_RTX else ()))
     device = tmp_path / "device"
-    device.mkdir()
-    for path in Path("artifacts").glob(f"model-0000-{precision}*"):
-        if path.suffix != ".json":
-            shutil.copy(path, device / path.name)
-    names = {f"model-{{:04d}}-{precision}{end}" for end in (".onnx", *((f"{ENGINE}.engine",) if HAS_RTX else ()))}
-    for number, (run, before) in enumerate([(copied.run, copied.original), (copied.second, copied.run)], 1):
+    apply(
+        [Path("artifacts") / f"model-0000-{precision}{end}" for end in ends], device, trust=copied.public, device="cpu"
+    )
+    for run, before in [(copied.run, copied.original), (copied.second, copied.run)]:
         made = export_patch(run, previous=before, precision=precision, key=copied.key)
         package = made["artifacts"][0]
         assert package["kind"] == "patch"
-        assert [r["patched_equals_rebuilt"] for r in package["replaces"]] == [True] * len(names)
-        held = {sha256(path): path for path in device.iterdir()}
-        results = patched(Path(package["path"]), held, copied.public)
-        assert set(results) == {name.format(number) for name in names}
-        for path in device.iterdir():
-            path.unlink()
-        for name, content in results.items():
-            (device / name).write_bytes(content)
+        assert [r["patched_equals_rebuilt"] for r in package["replaces"]] == [True] * len(ends)
+        apply(package["path"], device, device="cpu")
     fresh = tmp_path / "fresh"
     export_model(copied.second, onnx=True, precision=precision, out=fresh, **engine)
-    for path in device.iterdir():
-        assert sha256(path) == sha256(fresh / path.name), path.name
+    names = {f"model-0002-{precision}{end}" for end in ends}
+    assert {p.name for p in (device / "models").iterdir() if p.suffix != ".json"} == names
+    for name in names:
+        assert sha256(device / "models" / name) == sha256(fresh / name), name
 
 
 def test_the_document_and_the_sidecar_of_a_patch(copied):

@@ -12,6 +12,7 @@ import numpy as np
 
 from gsforget.errors import GateError
 from gsforget.export.device.manifest import KnownAnswer, KnownAnswers
+from gsforget.export.device.opening import noise
 
 if TYPE_CHECKING:
     from gsforget.export.device.infer import Predicts
@@ -33,11 +34,6 @@ class _Seen:
     new: np.ndarray
     distance: float
     changed: bool
-
-
-def noise(seed: int, batch: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """The images of a known answer, float32 [batch, *shape]; a device makes the same from the seed."""
-    return np.random.default_rng(seed).standard_normal((batch, *shape)).astype(np.float32)
 
 
 def find_answers(

@@ -16,6 +16,7 @@ import numpy as np
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.factors import to_bfloat16
 from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
+from gsforget.lineage import ancestors
 from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def model_id(folder: Path) -> str:
         first = ledger.read_text(encoding="utf-8").splitlines()[:1]
         if first:
             return str(json.loads(first[0])["base"])[:16]
-    return str(read_request(folder).get("parent_sha256") or sha256(folder / WEIGHTS))[:16]
+    behind = ancestors(folder)
+    return str((behind[-1].sha256 if behind else None) or sha256(folder / WEIGHTS))[:16]
 
 
 def read_request(folder: Path) -> dict[str, Any]:

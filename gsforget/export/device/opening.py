@@ -12,7 +12,7 @@ from gsforget.export.device.manifest import KnownAnswers, Manifest
 from gsforget.export.device.runtime import Predictor, open_model
 from gsforget.export.device.store import REPAIR, DeviceFolder, Held, State
 
-NOT_HERE = ("no_runtime", "no_gpu", "no_engine_runtime")  # kinds of "this machine cannot run it"
+NOT_HERE = ("no_runtime", "no_gpu", "no_engine_runtime", "no_kernel")  # kinds of "this machine cannot run it"
 DAMAGED = ("bad_artifact", "bad_metadata", "not_ours")  # kinds of "no machine can"
 
 
