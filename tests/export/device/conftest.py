@@ -37,7 +37,7 @@ def chain(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _installed(chain, tmp_path_factory):
+def installed(chain, tmp_path_factory):
     from gsforget.export.device.apply import apply
 
     root = tmp_path_factory.mktemp("installed") / "device"
@@ -46,7 +46,7 @@ def _installed(chain, tmp_path_factory):
 
 
 @pytest.fixture
-def device(_installed, tmp_path):
+def device(installed, tmp_path):
     """A device folder of its own with the original model of `chain` installed, and its key trusted."""
-    shutil.copytree(_installed, tmp_path / "device")
+    shutil.copytree(installed, tmp_path / "device")
     return tmp_path / "device"
