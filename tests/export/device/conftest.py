@@ -1,6 +1,7 @@
 """A chain of erasures whose packages the tests of the device room apply, tamper with and interrupt."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,12 @@ def _load_world():
 
 
 World = _load_world().World
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No waiting for the disk; whether flushes come where they must is tested by `test_kills.py`."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")
