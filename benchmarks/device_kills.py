@@ -93,7 +93,7 @@ def run(kills: int, seed: int) -> dict:
         world.erase()
         patch, base, root = world.patch(1), Path(scratch, "base"), Path(scratch, "device")
         apply(world.artifacts(0), base, trust=world.public)
-        hashes, size = [sha256(world.artifact(i)) for i in range(2)], world.artifact(0).stat().st_size
+        hashes, size = {sha256(p): i for i in range(2) for p in world.artifacts(i)}, world.artifact(0).stat().st_size
         times = [timed(patch, base, root) for _ in range(3)]
         whole, part = (statistics.median(t[i] for t in times) for i in range(2))
         phases: Counter = Counter()
@@ -110,13 +110,13 @@ def run(kills: int, seed: int) -> dict:
             phases[where] += 1
             begun = where != "before the intent record"
             if sum(phases.values()) % 3 == 0:
-                counts["second_kills"] += kill(start("-c", OPEN, str(root)), rng.uniform(0.1, whole))
+                counts["second_kills"] += kill(start("-c", OPEN, str(root)), rng.uniform(0.1, 0.5))
             loads.clear()
             begin = time.perf_counter()
             found = open_device(root, "cpu").info.sequence
             seconds.append(time.perf_counter() - begin)
             counts["torn_loaded"] += any(digest not in hashes for digest in loads)
-            counts["old_loaded_after_intent"] += begun and hashes[0] in loads
+            counts["old_loaded_after_intent"] += begun and any(hashes.get(digest) == 0 for digest in loads)
             counts["not_finished"] += found != (1 if begun else 0)
             names = {p.name for p in (root / "models").iterdir()}
             expected = {n for p in world.artifacts(found) for n in (p.name, f"{p.name}.json")}
