@@ -12,12 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gsforget.errors import GateError, RequestError, SafetyError
 from gsforget.export.build import export_model, export_patch
 from gsforget.export.build.answers import APART
 from gsforget.export.build.exporter import open_at
+from gsforget.export.build.patch import Packer, _splice
 from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.keys import FleetKey, Trust, new_keys, read_fleet_key, read_public_key
@@ -292,6 +295,32 @@ def test_an_engine_with_merged_tensors_is_packed_whole_beside_the_patch_of_the_o
     results = patched(Path(made["artifacts"][1]["path"]), {}, copied.public)
     engine = next(a for a in made["artifacts"] if a["kind"] == "engine")
     assert {n: digest(c) for n, c in results.items()} == {Path(engine["path"]).name: engine["sha256"]}
+
+
+@given(
+    st.lists(st.sampled_from(["ant", "bee", "", '"', "forgotten-1", "a,b"]), max_size=12),
+    st.lists(st.sampled_from(["ant", "bee", "", '"', "forgotten-1", "a,b"]), max_size=12),
+    st.binary(max_size=5),
+)
+def test_a_splice_leads_from_any_text_to_any_other(old, new, before):
+    was, now = (",".join(words).encode() for words in (old, new))
+    packer = Packer("float32")
+    packer.give(b"other")
+    made, position, data = b"", 0, before + was + b"after"
+    for edit in _splice(was, now, len(before), packer):
+        start, size = edit.give
+        made += data[position : edit.at] + bytes(packer.payload[start : start + size])
+        position = edit.at + edit.take
+    assert made + data[position:] == before + now + b"after"
+
+
+def test_of_many_class_names_only_the_changed_one_travels():
+    names = [f"class {i}" for i in range(1000)]
+    was = json.dumps({"class_names": names, "sequence": 0}).encode()
+    now = json.dumps({"class_names": [*names[:7], "forgotten-7", *names[8:]], "sequence": 1}).encode()
+    packer = Packer("float32")
+    _splice(was, now, 0, packer)
+    assert len(packer.payload) < 60
 
 
 def test_a_payload_for_a_fleet(copied, tmp_path):
