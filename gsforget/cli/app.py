@@ -12,7 +12,20 @@ from gsforget import __version__
 
 # In the order of --help.  Each is a function of that name in the file of that name, which imports what is heavy
 # inside the function, so that --help stays quick.
-COMMANDS = ("demo", "forget", "audit", "export", "apply", "infer", "history", "verify", "doctor", "purge", "keys")
+COMMANDS = (
+    "demo",
+    "forget",
+    "audit",
+    "export",
+    "apply",
+    "infer",
+    "serve",
+    "history",
+    "verify",
+    "doctor",
+    "purge",
+    "keys",
+)
 
 
 def run(args: Sequence[str]) -> int:

@@ -30,25 +30,30 @@ def apply(
 ) -> None:
     """Install a model on a device, or erase there by a signed patch; the model before never loads again."""
     from gsforget.export.device.apply import apply as carry_out
+    from gsforget.export.device.handover import hand_over
 
-    done = carry_out(file, device_dir, trust=trust, device=device.value)
-    document = {"device_dir": str(device_dir), **done.to_json()}
+    done = hand_over(file, device_dir, trust)  # a running server swaps its model before it says done
+    if done is None:
+        done = carry_out(file, device_dir, trust=trust, device=device.value).to_json()
+    document = {"device_dir": str(device_dir), **done}
     rows = [
         (a["name"], f"{a['bytes'] / 1e6:.1f} MB", a["sha256"][:12], "yes" if a["answered"] else "no")
         for a in document["artifacts"]
     ]
-    what = {"install": "Installed", "patch": "Patched to", "full": "Replaced by"}[done.kind]
+    what = {"install": "Installed", "patch": "Patched to", "full": "Replaced by"}[done["kind"]]
     table(
         ("artifact", "size", "sha256", "answered known tests"),
         rows,
-        f"{what} sequence {done.state.sequence}",
+        f"{what} sequence {done['sequence']}",
         ("size",),
     )
-    for name in done.removed:
+    for name in done["removed"]:
         say(f"Destroyed: {name}.")
-    for note in done.loaded.not_tested:
+    for note in done["not_tested"]:
         say(f"Not tested: {note}.")
-    say(f"Took {sum(done.seconds.values()):.2f} s.", "dim")
+    if "serving" in done:
+        say(f"The running server answers by sequence {done['serving']['sequence']}.")
+    say(f"Took {sum(done['seconds'].values()):.2f} s.", "dim")
     if as_json:
         emit_json(document)
     next_command(f"gsforget infer {shlex.quote(str(device_dir))} IMAGE")

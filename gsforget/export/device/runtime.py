@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gsforget.errors import RequestError
+from gsforget.export.device.files import sha256
 from gsforget.export.device.gpu import cuda_devices
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
 from gsforget.export.device.preprocess import Preprocess
@@ -30,11 +31,12 @@ class Predictor(Protocol):
 
     Attributes:
         info: what it says of itself.
-        path: the file.
+        path, sha256: the file, and the hash of its bytes.
     """
 
     info: ArtifactInfo
     path: Path
+    sha256: str
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """float32 images [N, C, H, W] to float32 logits [N, K]."""
@@ -83,7 +85,7 @@ class OnnxPredictor:
         cache: Path | None = None,
     ):
         sidecar = check_hash(path)
-        self.path = path
+        self.path, self.sha256 = path, str(sidecar["sha256"]).lower() if sidecar else sha256(path)
         self._session = _session(path, _providers(device, cache))
         if PROVIDERS.get(device, "") not in ("", *self._session.get_providers()):
             raise RequestError(
