@@ -238,7 +238,7 @@ class _Call(RollForward):
         try:
             state = self.folder.check()
             for held in state.artifacts if state is not None else ():
-                self.folder.check_artifact(held)
+                self.folder.check_artifact(held, whole=manifest.kind == "full")  # else `Edits.prepare` reads it all
         except SafetyError:
             if manifest.kind != "full":
                 raise

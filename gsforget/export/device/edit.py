@@ -56,17 +56,21 @@ class Edits:
         """
         if artifact.before is None or artifact.name in self.prepared:
             return
+        other = _wrong_base(f"The old file is not the one that {artifact.name} is made from")
+        if len(old) != artifact.before.bytes:
+            raise other
         changes = {t.name: t for t in self.manifest.tensors}
         edits = [e for e in artifact.edits if isinstance(e, TensorEdit)]
+        todo = {e.tensor: e for e in edits if e.tensor not in self.tensors}
         with ThreadPoolExecutor(WORKERS) as pool:
             whole = pool.submit(lambda: hashlib.sha256(old).hexdigest())
             rest = pool.submit(rest_sha256, old, artifact.edits)
-            if len(old) != artifact.before.bytes or whole.result() != artifact.before.sha256:
-                raise _wrong_base(f"The old file is not the one that {artifact.name} is made from")
+            made = {name: pool.submit(self._tensor, old, edit, changes[name]) for name, edit in todo.items()}
+            if whole.result() != artifact.before.sha256:
+                pool.shutdown(cancel_futures=True)
+                raise other
             if rest.result() != artifact.rest_sha256:
                 raise _wrong_base(f"What {artifact.name} keeps of the old file is not what was signed")
-            todo = {e.tensor: e for e in edits if e.tensor not in self.tensors}
-            made = {name: pool.submit(self._tensor, old, edit, changes[name]) for name, edit in todo.items()}
             self.tensors |= {name: future.result() for name, future in made.items()}
         self.prepared.add(artifact.name)
 

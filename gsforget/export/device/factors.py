@@ -16,7 +16,9 @@ import numpy as np
 from gsforget.errors import SafetyError
 
 FARTHEST = 400  # powers of two: beyond what float32 factors need, and a product far from float64's limits
-BLOCK = 2**18  # elements at a time: what a core's cache holds
+BLOCK = (
+    2**18
+)  # multiplications at a time: a core's cache holds them, and no BLAS starts threads beside our own for them
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "i1"}  # bfloat16 as bit patterns
 
 
@@ -53,7 +55,7 @@ class Factors:
         a = self.a.astype(np.float64)
         b = self.b.astype(np.float64) * np.exp2((exponents - low).astype(np.float64))
         a *= 2.0**low
-        step = max(1, BLOCK // a.shape[1])
+        step = max(1, BLOCK // a.size)
         for start in range(0, len(b), step):
             rows = slice(start, min(start + step, len(b)))
             block = b[rows] @ a

@@ -32,6 +32,7 @@ def load(folder: DeviceFolder, state: State, device: str) -> Predictor:
     """
     reasons = []
     for held in _by_preference(state.artifacts):
+        folder.check_artifact(held)
         try:
             predictor = _open(folder, held, device)
         except RequestError as error:
@@ -53,6 +54,7 @@ def load(folder: DeviceFolder, state: State, device: str) -> Predictor:
 def try_out(folder: DeviceFolder, artifacts: Sequence[Held], device: str, manifest: Manifest | None) -> Loaded:
     """Load every artifact that runs here and ask it the known answers of its package (None: there is no package).
 
+    The caller has just written the artifacts and read them back.
     Raises SafetyError ``known_answers`` where one cannot be loaded by any machine, or answers otherwise.
     """
     done = Loaded()
@@ -99,7 +101,7 @@ def _ask(predictor: Predictor, known: KnownAnswers, name: str) -> None:
 
 
 def _open(folder: DeviceFolder, held: Held, device: str) -> Predictor:
-    return open_model(folder.check_artifact(held), device, cache=folder.cache(held.sha256))
+    return open_model(folder.models / held.name, device, cache=folder.cache(held.sha256))
 
 
 def _by_preference(artifacts: Sequence[Held]) -> list[Held]:

@@ -353,16 +353,19 @@ class DeviceFolder:
             return None
         return entries[-1].model_id if entries else None
 
-    def check_artifact(self, held: Held) -> Path:
+    def check_artifact(self, held: Held, whole: bool = True) -> Path:
         """The path of an artifact whose bytes, and whose sidecar's, are those of the state.
+
+        Args:
+            whole: else the artifact's own bytes are not read, since the caller hashes them.
 
         Raises SafetyError ``base_gone`` or ``hash_mismatch``.
         """
         path = self.models / held.name
-        for part, expected in ((sidecar_path(path), held.sidecar), (path, held.sha256)):
+        for part, expected in ((sidecar_path(path), held.sidecar), (path, held.sha256 if whole else None)):
             if part.is_symlink() or not part.is_file():
                 raise SafetyError(f"{part} is gone, or is no plain file.", REPAIR, "base_gone")
-            if sha256(part) != expected:
+            if expected is not None and sha256(part) != expected:
                 raise SafetyError(f"{part} is not the file that this device was given.", REPAIR, "hash_mismatch")
         return path
 

@@ -433,7 +433,7 @@ def test_a_device_folder_that_was_tampered_with_loads_nothing(chain, device, pat
     with monkeypatch.context() as patch:
         patch.setattr(opening, "open_model", lambda *_args, **_kwargs: pytest.fail("something was loaded"))
         assert refused(kind, open_device, device).exit_status == 4
-        refused(kind, apply, patch2, device)
+        refused((kind, "wrong_base"), apply, patch2, device)
     refused("rollback", apply, chain.full(0, "full-0000.gsf", known_answers={"tolerance": 1.0, "tests": []}), device)
     # A full package of at least the counter repairs; an older one never does.
     done = apply(chain.root / "full-0001-fp32.gsf", device)
