@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +21,17 @@ def infer(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A run or model folder, an .onnx file, or a device folder.")
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")
+    ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="FOLDER",
+            help="Answer each image that arrives in a folder, until Ctrl-C; lines go to FOLDER/predictions.jsonl.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 5,
     device: DeviceOption = Device.auto,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
@@ -28,8 +39,18 @@ def infer(
     as_json: JsonOption = False,
 ) -> None:
     """Classify images; a forgotten class is never returned."""
+    from gsforget.errors import RequestError
     from gsforget.export.device.infer import classify, find_images
 
+    if (watch is None) != bool(images):
+        raise RequestError(
+            "Images are named, or a folder is watched.",
+            "Type gsforget infer MODEL IMAGE, or gsforget infer MODEL --watch FOLDER.",
+            "no_images",
+        )
+    if not images or watch is not None:
+        _watch(model, Path(str(watch)), top, device)
+        return
     paths = find_images(images)
     predictor, preprocess, forgotten, names = load(model, device, trust_code)
     found = classify(
@@ -56,6 +77,18 @@ def infer(
         next_command(f"{again} --json > predictions.json")
 
 
+def _watch(model: Path, folder: Path, top: int, device: str) -> None:
+    from gsforget.export.device.source import Source
+    from gsforget.export.device.watch import Watcher, watch
+
+    watcher = Watcher(Source(model, device), folder, top)
+    say(f"Sequence {watcher.slot.current.info.sequence} answers what arrives in {folder} (Ctrl-C ends it).")
+    say(f"Lines go to {watcher.predictions}.")
+    watch(
+        watcher, lambda lines: table(("Image", "Class", "Score", "Then"), map(_row, lines), numbers=("Score",)), sleep
+    )
+
+
 def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preprocess, tuple[int, ...], list[str]]:
     """The predictor of a model folder (torch), or of an artifact or device folder (its runtime), and how to use it."""
     from gsforget.export.device.store import is_device_folder
@@ -77,5 +110,7 @@ def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preproce
 
 
 def _row(image: dict[str, Any]) -> tuple[str, str, str, str]:
+    if "error" in image:
+        return image["path"], "-", "", image["error"]["message"]
     first, *others = [(t["class"], f"{100 * t['score']:.1f} %") for t in image["top"]] or [("-", "")]
     return image["path"], *first, ", ".join(" ".join(other) for other in others)

@@ -46,12 +46,11 @@ STATUS = {
     405: "405 Method Not Allowed",
     409: "409 Conflict",
     413: "413 Content Too Large",
-    415: "415 Unsupported Media Type",
     500: "500 Internal Server Error",
     503: "503 Service Unavailable",
     507: "507 Insufficient Storage",
 }
-BY_KIND = {"sequence_gap": 409, "locked": 409, "no_space": 507, "stopping": 503, "too_large": 413, "bad_type": 415}
+BY_KIND = {"sequence_gap": 409, "locked": 409, "no_space": 507, "stopping": 503, "too_large": 413}
 NOT_FOUND, NOT_ALLOWED = 404, 405
 log = logging.getLogger("gsforget.serve")
 
@@ -210,11 +209,7 @@ def read_pictures(content_type: str, body: bytes) -> list[Picture]:
         pictures = _parts(header.get_param("boundary"), body)
     elif kind == "application/json":
         pictures = _from_json(body)
-    elif kind.startswith(("text/", "application/x-www-form-urlencoded")):
-        raise RequestError(
-            f"{kind} is no image.", "Send the image file itself: curl --data-binary @IMAGE URL/infer.", "bad_type"
-        )
-    else:
+    else:  # whatever it is called: curl --data-binary says application/x-www-form-urlencoded
         pictures = [Picture("body", body)]
     if not pictures or not any(p.data for p in pictures):
         raise RequestError("The request holds no image.", "curl --data-binary @IMAGE URL/infer", "bad_body")
