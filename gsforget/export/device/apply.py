@@ -187,9 +187,7 @@ class _Call(RollForward):
         self._check_space(sum(a.after.bytes for a in artifacts) + package.path.stat().st_size)
         edits = Edits(manifest, package.plain(self.folder.fleet_key()))
         for artifact, one in zip(artifacts, made, strict=True):
-            old = open_base(self.folder, one)
-            edits.prepare(old, artifact)
-            edits.check_result(old, artifact)
+            edits.prepare(open_base(self.folder, one), artifact)
         self.lap("check")
         intent = self._intend(package, made)
         self._keep(package, trust)

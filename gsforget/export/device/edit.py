@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,40 +38,48 @@ class Edits:
     Attributes:
         manifest: of the package, verified.
         payload: its plain bytes.
-        tensors: those computed so far, by name, as stored, [rows, columns].
+        tensors: new tensors by name, as stored, [rows, columns], as soon as they are computed.
         prepared: names of the artifacts that were prepared.
     """
 
     manifest: Manifest
     payload: bytes
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    tensors: dict[str, Future[np.ndarray]] = field(default_factory=dict)
     prepared: set[str] = field(default_factory=set)
 
     def prepare(self, old: memoryview, artifact: PatchedArtifact) -> None:
-        """Check an old file and compute its new tensors, once; nothing is written.
+        """Check an old file, compute its new tensors and check the new file's hash, once; nothing is written.
 
         Raises SafetyError: ``wrong_base`` where the old file or a tensor in it is another one, ``wrong_result`` where a
-        new tensor does not have the hash that was signed, ``inexact_delta`` and ``out_of_range`` for factors that no
-        build gives.
+        new tensor or the new file does not have the hash that was signed, ``inexact_delta`` and ``out_of_range`` for
+        factors that no build gives.
         """
-        if artifact.before is None or artifact.name in self.prepared:
+        if artifact.name in self.prepared:
+            return
+        if artifact.before is None:
+            self.check_result(old, artifact)
             return
         other = _wrong_base(f"The old file is not the one that {artifact.name} is made from")
         if len(old) != artifact.before.bytes:
             raise other
         changes = {t.name: t for t in self.manifest.tensors}
-        edits = [e for e in artifact.edits if isinstance(e, TensorEdit)]
-        todo = {e.tensor: e for e in edits if e.tensor not in self.tensors}
+        failure = None
         with ThreadPoolExecutor(WORKERS) as pool:
             whole = pool.submit(lambda: hashlib.sha256(old).hexdigest())
             rest = pool.submit(rest_sha256, old, artifact.edits)
-            made = {name: pool.submit(self._tensor, old, edit, changes[name]) for name, edit in todo.items()}
-            if whole.result() != artifact.before.sha256:
-                pool.shutdown(cancel_futures=True)
-                raise other
-            if rest.result() != artifact.rest_sha256:
-                raise _wrong_base(f"What {artifact.name} keeps of the old file is not what was signed")
-            self.tensors |= {name: future.result() for name, future in made.items()}
+            for edit in artifact.edits:
+                if isinstance(edit, TensorEdit) and edit.tensor not in self.tensors:
+                    self.tensors[edit.tensor] = pool.submit(self._tensor, old, edit, changes[edit.tensor])
+            try:
+                self.check_result(old, artifact)  # from first to last, while the tensors are computed
+            except SafetyError as error:
+                failure = error
+        if whole.result() != artifact.before.sha256:
+            raise other
+        if rest.result() != artifact.rest_sha256:
+            raise _wrong_base(f"What {artifact.name} keeps of the old file is not what was signed")
+        if failure is not None:
+            raise failure
         self.prepared.add(artifact.name)
 
     def pieces(self, old: memoryview, artifact: PatchedArtifact) -> Iterator[memoryview]:
@@ -86,7 +94,7 @@ class Edits:
                 start, size = edit.give
                 yield memoryview(self.payload)[start : start + size]
             else:
-                new = self.tensors[edit.tensor]
+                new = self.tensors[edit.tensor].result()
                 yield _bytes(new.T if edit.transposed else new)
             position = edit.at + edit.take
         yield old[position:]

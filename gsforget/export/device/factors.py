@@ -16,9 +16,9 @@ import numpy as np
 from gsforget.errors import SafetyError
 
 FARTHEST = 400  # powers of two: beyond what float32 factors need, and a product far from float64's limits
-BLOCK = (
-    2**18
-)  # multiplications at a time: a core's cache holds them, and no BLAS starts threads beside our own for them
+# Multiplications at a time: they stay in a core's cache, and no BLAS starts threads of its own beside ours for so few.
+BLOCK = 2**18
+EXPONENT = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80)}
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "i1"}  # bfloat16 as bit patterns
 
 
@@ -106,8 +106,8 @@ def narrow(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> n
         return np.clip(np.rint(values / scale), -128, 127).astype(np.int8)
     with np.errstate(over="ignore"):
         rounded = to_bfloat16(values) if dtype == "bfloat16" else values.astype(STORED[dtype])
-    infinite = (rounded & 0x7F80) == 0x7F80 if dtype == "bfloat16" else ~np.isfinite(rounded)
-    if infinite.any():
+    bits, exponent = EXPONENT[dtype]
+    if ((rounded.view(bits) & bits(exponent)) == exponent).any():  # infinite or NaN
         message = f"A new weight is beyond the range of {dtype}."
         raise SafetyError(message, "Export at a higher precision: --precision fp32.", "out_of_range")
     return rounded
