@@ -48,7 +48,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 BLOCKS = ("all", "half")
 RANK = 8
 REPEATS = 3
-STRENGTH = 0.03  # norm of a change, as a share of its weight's
+STRENGTH = 0.1  # norm of a change, as a share of its weight's: untrained answers must change as those of an erasure do
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
