@@ -222,7 +222,7 @@ class _Call(RollForward):
                 folder.check_artifact(one)
             flush_folder(folder.models)
             self.lap("write")
-            loaded = try_out(folder, held, self.device, None)
+            loaded = try_out(folder, held, self.device, info, None)
         except Exception:
             self.undo(intent, [])
             raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.manifest import KnownAnswers, Manifest
+from gsforget.export.device.manifest import KnownAnswers
+from gsforget.export.device.metadata import ArtifactInfo
 from gsforget.export.device.runtime import Predictor, open_model
 from gsforget.export.device.store import REPAIR, DeviceFolder, Held, State
 
@@ -51,11 +52,17 @@ def load(folder: DeviceFolder, state: State, device: str) -> Predictor:
     )
 
 
-def try_out(folder: DeviceFolder, artifacts: Sequence[Held], device: str, manifest: Manifest | None) -> Loaded:
-    """Load every artifact that runs here and ask it the known answers of its package (None: there is no package).
+def try_out(
+    folder: DeviceFolder, artifacts: Sequence[Held], device: str, info: ArtifactInfo, known: KnownAnswers | None
+) -> Loaded:
+    """Load every artifact that runs here and ask it what is known; the caller has just written them and read them back.
 
-    The caller has just written the artifacts and read them back.
-    Raises SafetyError ``known_answers`` where one cannot be loaded by any machine, or answers otherwise.
+    Args:
+        info: what each must say of itself (but for a features output, which one may have and another not).
+        known: of its package; None: there is no package.
+
+    Raises SafetyError: ``known_answers`` where one of a package cannot be loaded by any machine, or answers otherwise;
+    ``wrong_model`` where it says something else of itself.
     """
     done = Loaded()
     for held in _by_preference(artifacts):
@@ -65,18 +72,17 @@ def try_out(folder: DeviceFolder, artifacts: Sequence[Held], device: str, manife
             if _passes_over(held, error):
                 done.not_tested.append(f"answers of {held.name}: {error.message.rstrip('.')}")
                 continue
-            if manifest is None or error.kind not in DAMAGED:
+            if known is None or error.kind not in DAMAGED:
                 raise
             raise SafetyError(error.message, REPAIR, "known_answers") from error
-        if manifest is not None and manifest.known_answers.tests:
-            if predictor.info != manifest.info:
-                raise SafetyError(
-                    f"{held.name} says something else of itself than its package does.", REPAIR, "known_answers"
-                )
-            _ask(predictor, manifest.known_answers, held.name)
+        if replace(predictor.info, features_name=None) != replace(info, features_name=None):
+            message = f"{held.name} says something else of itself than its package or sidecar does."
+            raise SafetyError(message, REPAIR, "wrong_model")
+        if known is not None and known.tests:
+            _ask(predictor, known, held.name)
             done.answered.append(held.name)
         done.predictor = done.predictor or predictor
-    if manifest is None or not manifest.known_answers.tests:
+    if known is None or not known.tests:
         done.not_tested.append("answers of the model: none are known for it")
     return done
 

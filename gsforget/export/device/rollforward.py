@@ -127,7 +127,7 @@ class RollForward:
         flush_folder(folder.models)
         flush_folder(folder.root)
         self.lap("write")
-        loaded = try_out(folder, held, self.device, manifest)
+        loaded = try_out(folder, held, self.device, manifest.info, manifest.known_answers)
         self.lap("answers")
         return self.record(intent, manifest.precision, held, manifest.key_id, loaded)
 

@@ -216,6 +216,24 @@ def test_an_install_that_does_not_run_is_taken_back(chain, tmp_path):
     assert open_device(root).info.sequence == 0
 
 
+def test_a_file_and_a_sidecar_that_say_different_things_are_not_installed(chain, tmp_path):
+    """A sidecar is not signed: it cannot lend the first model the sequence of a later one."""
+    root = tmp_path / "device"
+    copy = Path(shutil.copy(chain.artifact(0), tmp_path))
+    sidecar = json.loads(sidecar_path(chain.artifact(0)).read_text())
+    sidecar_path(copy).write_text(json.dumps({**sidecar, "model": chain.info(2).to_json()}))
+    refused("wrong_model", apply, copy, root)
+    assert snapshot(root) == {}
+
+
+def test_a_full_package_that_says_something_else_than_its_file_loads_nothing(chain, device):
+    swapped = chain.info(1).to_json()
+    swapped["class_names"][1:3] = ["cat", "bee"]
+    path = chain.full(1, "lying.gsf", info=swapped, known_answers={"tolerance": 1.0, "tests": []})
+    refused("wrong_model", apply, path, device)
+    refused("wrong_model", open_device, device)
+
+
 def test_an_empty_folder_has_nothing_to_patch_or_open(chain, tmp_path, patch1):
     refused("empty_device", apply, patch1, tmp_path / "device")
     assert not (tmp_path / "device").exists()
