@@ -29,8 +29,8 @@ from safetensors.torch import save
 
 from gsforget.checkpoint import read_weights
 from gsforget.export.build import export_model, export_patch
+from gsforget.export.build.edits import changes_between, engine_edits
 from gsforget.export.build.locate import NotLocated
-from gsforget.export.build.patch import changes_between, engine_edits
 from gsforget.export.device.apply import apply
 from gsforget.export.device.keys import new_keys
 from gsforget.folder import ModelConfig, build_model, is_model_folder, read_config, save_model, sha256, write_file

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from gsforget.errors import GateError, RequestError, SafetyError
 from gsforget.export.build import export_model, export_patch
 from gsforget.export.build.answers import APART
+from gsforget.export.build.edits import Packer, splice
 from gsforget.export.build.exporter import open_at
-from gsforget.export.build.patch import Packer, _splice
 from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.keys import FleetKey, Trust, new_keys, read_fleet_key, read_public_key
@@ -226,7 +226,7 @@ def test_refusals(copied, monkeypatch):
     assert (not_parent.kind, not_parent.hint) == ("not_parent", f"Type --from {copied.original}.")
     assert refused(RequestError, previous=copied.run).kind == "not_parent"
     assert refused(RequestError, expires=0).kind == "bad_expires"
-    assert refused(RequestError, precision="fp8").kind == "bad_precision"
+    assert "quantise" in refused(RequestError, precision="int8").hint
     assert refused(RequestError, encrypt_for=copied.public).kind == "bad_key"
     with pytest.raises(RequestError) as original:
         export_patch(copied.original, previous=copied.original, key=copied.key)
@@ -307,7 +307,7 @@ def test_a_splice_leads_from_any_text_to_any_other(old, new, before):
     packer = Packer("float32")
     packer.give(b"other")
     made, position, data = b"", 0, before + was + b"after"
-    for edit in _splice(was, now, len(before), packer):
+    for edit in splice(was, now, len(before), packer):
         start, size = edit.give
         made += data[position : edit.at] + bytes(packer.payload[start : start + size])
         position = edit.at + edit.take
@@ -319,7 +319,7 @@ def test_of_many_class_names_only_the_changed_one_travels():
     was = json.dumps({"class_names": names, "sequence": 0}).encode()
     now = json.dumps({"class_names": [*names[:7], "forgotten-7", *names[8:]], "sequence": 1}).encode()
     packer = Packer("float32")
-    _splice(was, now, 0, packer)
+    splice(was, now, 0, packer)
     assert len(packer.payload) < 60
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gsforget.errors import RequestError
 from gsforget.export.build.chain import REQUEST
+from gsforget.export.build.exporter import PRECISIONS
 from gsforget.export.device.metadata import check_hash, read_sidecar, sidecar_path
 from gsforget.folder import WEIGHTS, read_config, sha256
 from gsforget.lineage import ancestors
@@ -94,12 +95,10 @@ def _check_given(run: Path, request: Mapping[str, Any], given: Path, parent: str
         )
     if sidecar.get("source_sha256") != parent:
         raise _not_parent(run, request, given)
-    if sidecar.get("precision") != precision:
-        raise RequestError(
-            f"{given} is {sidecar.get('precision')}, and the patch would be {precision}.",
-            f"Type --precision {sidecar.get('precision')}.",
-            "wrong_precision",
-        )
+    own = sidecar.get("precision")
+    if own != precision:
+        hint = f"Type --precision {own}." if own in PRECISIONS else "Name the file that it was quantised from."
+        raise RequestError(f"{given} is {own}, and the patch would be {precision}.", hint, "wrong_precision")
 
 
 def _not_parent(run: Path, request: Mapping[str, Any], given: Path) -> RequestError:
