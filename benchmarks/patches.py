@@ -28,7 +28,7 @@ from forget_demo import ROOT, Store
 from safetensors.torch import save
 
 from gsforget.checkpoint import read_weights
-from gsforget.export.build import export_model, export_patch
+from gsforget.export.build import export_model, export_patch, parity
 from gsforget.export.build.edits import changes_between, engine_edits
 from gsforget.export.build.locate import NotLocated
 from gsforget.export.device.apply import apply
@@ -48,6 +48,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 BLOCKS = ("all", "half")
 RANK = 8
 REPEATS = 3
+IMAGES = 4  # on which parity is checked here: no figure of it is reported
 STRENGTH = 0.1  # norm of a change, as a share of its weight's: untrained answers must change as those of an erasure do
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
@@ -113,6 +114,7 @@ def position(name: str) -> tuple[int, ...]:
 def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
     """One patch: is it the rebuild, its size, and its times."""
     os.chdir(work)
+    parity.SYNTHETIC = IMAGES
     original, run = Path(name), Path(f"{name}-{blocks}")
     if not is_model_folder(original):
         make_original(name, original)

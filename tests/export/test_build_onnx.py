@@ -131,6 +131,9 @@ def test_bfloat16_keeps_names_and_answers(name, tmp_path):
         assert 1e-4 < difference < 0.05 * max(1, np.abs(wanted).max()), "bf16 is neither exact nor far off"
         assert (torch.from_numpy(answered).bfloat16().float().numpy() == answered).all()
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    with pytest.raises(RequestError) as refused:
+        open_model(path, "cpu")
+    assert refused.value.kind == "no_kernel", "else emulation would not be needed"
 
 
 def test_half_precision_computes_sensitive_operators_in_float32(tmp_path):
