@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device.apply import trust_key
+from gsforget.export.device.store import DeviceFolder
 
 SERVE = "serve.json"
 ASK = 5.0  # seconds for a server to say that it is there
@@ -28,7 +29,8 @@ def hand_over(files: Sequence[str | Path], root: str | Path, trust: str | Path |
         What `gsforget apply` would have printed, with ``serving``: the model that answers now.
 
     Raises:
-        RequestError, SafetyError, GsforgetError: what the server refused it for.
+        RequestError, SafetyError, GsforgetError: what the server refused it for; SafetyError ``not_applied`` where it says
+            that it did what the folder does not show.
     """
     package = Path(files[0])
     url = find_server(Path(root)) if len(files) == 1 and package.suffix == ".gsf" and package.is_file() else None
@@ -40,6 +42,13 @@ def hand_over(files: Sequence[str | Path], root: str | Path, trust: str | Path |
     with open(package, "rb") as body:
         status, document = _ask(url, "POST", "/patches", APPLY, body, size)
     if status == 200:
+        state = DeviceFolder(root).state()
+        if state is None or state.sequence != document.get("sequence"):
+            raise SafetyError(
+                f"The server at {url} says that it applied the package, and {root} does not hold the result.",
+                f"Stop that server, remove {Path(root) / SERVE}, and apply again.",
+                "not_applied",
+            )
         return document
     error = document.get("error", {})
     kinds: dict[int, type[GsforgetError]] = {403: SafetyError, 500: GsforgetError, 507: GsforgetError}

@@ -54,7 +54,8 @@ class Server:
         self.endpoint = Endpoint(self.source, self.slot, largest, secrets.token_hex(8))
         limit = PACKAGE_LIMIT if self.source.is_folder else IMAGES_LIMIT
         self._http, bound = _listen(self.endpoint, host, port, limit)
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = f"http://{f'[{reached}]' if ':' in reached else reached}:{bound}"
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._http.run, name="gsforget-http", daemon=True),

@@ -287,6 +287,14 @@ def test_apply_hands_its_package_to_the_server(start, device, chain):
     assert hand_over([chain.patch(2)], device) is None, "that server does not hold this folder"
 
 
+def test_a_server_that_only_says_that_it_applied_is_not_believed(start, device, chain, monkeypatch):
+    server = start(device)
+    monkeypatch.setattr(server.endpoint, "_apply", lambda package: {"kind": "patch", "sequence": 1})
+    with pytest.raises(SafetyError) as refused:
+        hand_over([chain.patch(1)], device)
+    assert refused.value.kind == "not_applied"
+
+
 def test_a_lone_file_is_served_without_patches(start, chain, tmp_path):
     server = start(chain.artifact(1))
     assert ask(server.url, "POST", "/infer", picture())[1]["sequence"] == 1
