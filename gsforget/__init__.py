@@ -13,6 +13,7 @@ _HOMES = {
     "open_requests": "gsforget.api",
     "audit_model": "gsforget.api",
     "export_model": "gsforget.api",
+    "export_patch": "gsforget.api",
     "Settings": "gsforget.training",
     "Thresholds": "gsforget.request",
     "GsforgetError": "gsforget.errors",

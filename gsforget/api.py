@@ -326,6 +326,13 @@ def export_model(run: str | Path, **options: Any) -> dict[str, Any]:
     return build(Path(run), **options)
 
 
+def export_patch(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Export an erasure as a signed patch: see `gsforget.export.build.patch.export_patch`."""
+    from gsforget.export.build.patch import export_patch as build
+
+    return build(Path(run), **options)
+
+
 def source_of_module(
     model: nn.Module, class_names: Sequence[str], preprocessing: dict[str, Any], architecture: str | None = None
 ) -> Source:

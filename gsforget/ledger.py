@@ -6,31 +6,21 @@ signature where a key exists.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gsforget.canonical import FIRST, canonical, line_sha256
+from gsforget.canonical import read_lines as read_chained
 from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256
 from gsforget.purged import day, find_purged
 
 LEDGER = "ledger.jsonl"
-FIRST = "0" * 64  # `previous` of the first line
 FIELDS = ("base", "classes", "config", "delta", "method", "metrics", "model", "request", "time", "verdict")
 HINT = "Restore the run folder from a backup; do not deploy this model."
-
-
-def canonical(value: dict[str, Any]) -> str:
-    """JSON with sorted keys and no spaces: the same value always gives the same bytes (UTF-8)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def line_sha256(line: str) -> str:
-    """SHA-256 of a line's UTF-8 bytes, without the newline."""
-    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
@@ -63,16 +53,7 @@ def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a ledger file; none when the file is absent.  Raises SafetyError ``broken_ledger`` if it is cut."""
-    if not path.is_file():
-        return []
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise SafetyError(f"{path} is not UTF-8 text.", HINT, "broken_ledger") from error
-    lines = text.split("\n")
-    if lines.pop():
-        raise SafetyError(f"{path}: line {len(lines) + 1} is cut off.", HINT, "broken_ledger")
-    return lines
+    return read_chained(path, HINT)
 
 
 def parse(lines: list[str], where: Path | str = LEDGER) -> list[dict[str, Any]]:

@@ -36,12 +36,15 @@ SENSITIVE = (
     ("optimiser", "state of the optimiser"),
     ("checkpoint", "an intermediate model"),
 )
+PATCH = "a patch, which holds the difference that the erasure made"
 SHOWS_IMAGES = (
     "a report that shows test images of the data; remove it yourself, or audit again without --with-images, which "
     "replaces it"
 )
 ALWAYS = (
-    "artifacts that were exported to other folders, and engines, patches and models that are already on devices",
+    "artifacts that were exported to other folders, and engines and models that are already on devices",
+    "patches that were sent out or are on devices: with the model after it, a patch gives most of the model before; a "
+    "device deletes its copy once it has applied it",
     "backups, snapshots and copies of any of these files",
     "the images themselves, and galleries or search indexes of features computed from them",
     "blocks of the disk: the files are unlinked, not overwritten, and the file system may keep their contents for a while",
@@ -196,6 +199,8 @@ def _judge(run: Path, path: Path, model: str, before: set[str], keep_weights: bo
                     return what, ""
     if parts[0] == "artifacts":
         return _judge_artifact(path, model, before, keep_weights)
+    if _is_patch(path):
+        return PATCH, ""
     if path.suffix.lower() in DATA and not path.is_symlink() and sha256(path) in before:
         return "weights from before an erasure", ""
     if len(parts) == 2 and parts[0] == "audit" and path.suffix.lower() in RECORDS:
@@ -209,8 +214,8 @@ def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool
     sidecar = path if is_sidecar else path.with_name(f"{path.name}.json")
     content = _read(sidecar)
     artifact = path.with_suffix("") if is_sidecar else path
-    if content.get("kind") == "patch" or artifact.suffix in (".patch", ".gspatch", ".delta"):
-        return "a patch, which holds the difference that the erasure made", ""
+    if content.get("kind") == "patch" or artifact.suffix in (".patch", ".delta") or _is_patch(artifact):
+        return PATCH, ""
     if not keep_weights:
         return "an artifact of a model that still knows what was erased later", ""
     source = content.get("source_sha256")
@@ -219,6 +224,18 @@ def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool
     if source in before:
         return "an artifact from before an erasure", ""
     return None, "no sidecar says which model it was built from; look at it yourself"
+
+
+def _is_patch(path: Path) -> bool:
+    """Whether a file is a package for devices that holds factors: any but one that says itself to be a whole model."""
+    from gsforget.export.device.package import SUFFIX, read_package
+
+    if path.suffix.lower() != SUFFIX:
+        return False
+    try:
+        return read_package(path).manifest.kind != "full"
+    except GsforgetError:
+        return True  # damaged, or the target of a link is gone: it may still hold them
 
 
 def _shows_images(path: Path) -> bool:

@@ -12,7 +12,20 @@ from gsforget import __version__
 
 # In the order of --help.  Each is a function of that name in the file of that name, which imports what is heavy
 # inside the function, so that --help stays quick.
-COMMANDS = ("demo", "forget", "audit", "export", "infer", "history", "verify", "doctor", "purge")
+COMMANDS = (
+    "demo",
+    "forget",
+    "audit",
+    "export",
+    "apply",
+    "infer",
+    "serve",
+    "history",
+    "verify",
+    "doctor",
+    "purge",
+    "keys",
+)
 
 
 def run(args: Sequence[str]) -> int:
@@ -32,7 +45,10 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     for name in COMMANDS:
         command: Any = getattr(importlib.import_module(f"gsforget.cli.{name}"), name)
-        app.command(name)(command)
+        if isinstance(command, typer.Typer):  # a command with commands of its own
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     return app
 
 

@@ -1,4 +1,4 @@
-"""`gsforget export`: a run as ONNX or as a TensorRT engine, compared with the model before it is published."""
+"""`gsforget export`: a run as ONNX, as a TensorRT engine or as a patch, compared with the model before it is published."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gsforget.cli.output import emit_json, next_command, say, table
 class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
+    bf16 = "bf16"
 
 
 class Backend(StrEnum):
@@ -26,11 +27,18 @@ class Backend(StrEnum):
 
 def export(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run folder or a model folder; default: the newest run.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN|MODEL.onnx",
+            help="A run folder or a model folder (default: the newest run); or an exported file, for --trt on a device.",
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file whose weights keep their names.")] = False,
     trt: Annotated[bool, typer.Option("--trt", help="A TensorRT engine.")] = False,
-    precision: Annotated[Precision, typer.Option("--precision", help="Of weights and arithmetic.")] = Precision.fp32,
+    precision: Annotated[
+        Precision | None,
+        typer.Option("--precision", help="Of weights and arithmetic; default: fp32, or the file's own."),
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option("--targets", help="GPUs of the engine, such as sm86,sm89,sm120 (what rtx builds by default)."),
@@ -43,31 +51,68 @@ def export(
         Path | None, typer.Option("--data", help="Images to measure on; default: those of the run.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the artifacts; default: RUN/artifacts.")] = None,
+    triton_repo: Annotated[
+        Path | None,
+        typer.Option("--triton-repo", help="A model repository of NVIDIA Triton to publish in; version = erasures."),
+    ] = None,
     with_features: Annotated[
         bool, typer.Option("--with-features", help="A second output for audits: what the classifier reads.")
     ] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="A signed patch that leads devices from the model before to this one.")
+    ] = False,
+    previous: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="PREVIOUS", help="The run, model folder or artifact that the patch starts from."
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --patch: whole files, for devices without the model before.")
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="Signing key; default: $GSFORGET_KEY, else ~/.config/gsforget/signing.key."),
+    ] = None,
+    expires: Annotated[
+        int | None, typer.Option("--expires", metavar="DAYS", help="How long devices accept the patch; default: 365.")
+    ] = None,
+    encrypt_for: Annotated[
+        Path | None, typer.Option("--encrypt-for", metavar="FLEET", help="Encrypt it for a fleet's fleet.pub.json.")
+    ] = None,
     trust_code: TrustCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model, check that the artifact answers as the model does and has forgotten, and publish it."""
     from gsforget.errors import GateError
-    from gsforget.export.build import export_model
 
+    of_patch = {"previous": previous, "full": full, "key": key, "expires": expires, "encrypt_for": encrypt_for}
+    _check_kind(patch, onnx or trt or with_features or bool(targets or triton_repo), of_patch)
+    common: dict[str, Any] = {
+        "trt": trt,
+        "precision": precision.value if precision else None,
+        "targets": parse_list(targets, "--targets"),
+        "batch": parse_batch(batch),
+        "backend": backend.value,
+        "out": out,
+        "triton_repo": triton_repo,
+        "progress": lambda text: say(f"{text} …", "dim"),
+    }
     try:
-        made = export_model(
-            run,
-            onnx=onnx,
-            trt=trt,
-            precision=precision.value,
-            targets=parse_list(targets, "--targets"),
-            batch=parse_batch(batch),
-            data=data,
-            backend=backend.value,
-            out=out,
-            with_features=with_features,
-            trust_code=trust_code,
-            progress=lambda text: say(f"{text} …", "dim"),
-        )
+        if run is not None and run.is_file() and not patch:  # a device has no torch
+            from gsforget.export.device.engine import export_file
+
+            made = export_file(run, **common)
+        elif patch:
+            from gsforget.export.build import export_patch
+
+            given: dict[str, Any] = {k: v for k, v in of_patch.items() if v is not None}
+            shared = {k: v for k, v in common.items() if k in ("precision", "out", "progress") and v is not None}
+            made = export_patch(run, data=data, trust_code=trust_code, **given, **shared)
+        else:
+            from gsforget.export.build import export_model
+
+            made = export_model(run, onnx=onnx, data=data, with_features=with_features, trust_code=trust_code, **common)
     except GateError as error:
         if not as_json:
             raise
@@ -79,12 +124,21 @@ def export(
         map(_row, made["artifacts"]),
         numbers=("size", "max diff", "same top-1", "forgotten acc", "retained acc"),
     )
+    for package in _packages(made):
+        _tell_package(package)
     for note in made["not_tested"]:
         say(f"Not tested: {note}.")
     if as_json:
         emit_json(made)
     first = next((a for a in made["artifacts"] if a["kind"] == "onnx"), None)
-    if first is None:
+    if patch:
+        next_command(*(f"gsforget apply {shlex.quote(a['path'])} --device-dir DIR" for a in _packages(made)))
+    elif made.get("triton"):
+        _tell_triton(made["triton"])
+    elif first is None and run is not None and run.is_file():
+        engine = made["artifacts"][0]["path"]
+        next_command(f"{'tensorrt_rtx' if '-rtx-' in engine else 'trtexec'} --loadEngine={shlex.quote(engine)}")
+    elif first is None:
         next_command(shlex.join(["gsforget", "export", *([str(run)] if run else []), "--onnx"]))
     else:
         next_command(f"gsforget infer {shlex.quote(first['path'])} IMAGE")
@@ -102,6 +156,43 @@ def parse_batch(text: str) -> tuple[int, ...]:
         ) from error
 
 
+def _check_kind(patch: bool, others: bool, of_patch: dict[str, Any]) -> None:
+    """Raise RequestError (kind ``mixed_kinds``) where options of a patch meet those of other artifacts."""
+    from gsforget.errors import RequestError
+
+    if patch and others:
+        raise RequestError(
+            "A patch is exported by itself: it brings the new ONNX file and engines along.",
+            "Type --patch without --onnx, --trt, --targets, --triton-repo and --with-features.",
+            "mixed_kinds",
+        )
+    if not patch and any(of_patch.values()):
+        raise RequestError(
+            "--from, --full, --key, --expires and --encrypt-for belong to a patch.", "Add --patch.", "mixed_kinds"
+        )
+
+
+def _packages(made: dict[str, Any]) -> list[dict[str, Any]]:
+    return [a for a in made["artifacts"] if a["kind"] in ("patch", "full")]
+
+
+def _tell_package(package: dict[str, Any]) -> None:
+    for file in package["replaces"]:
+        size = f"{file['bytes'] / 1e6:.1f} MB"
+        if file["patched_equals_rebuilt"]:
+            say(f"{file['name']} ({size}): the patched file is the rebuilt one, {file['ratio']:.0f} times the package.")
+        else:
+            say(f"{file['name']} ({size}) is packed whole.")
+    say(f"Signed by key {package['key_id']}, accepted until {package['expires']}.")
+
+
+def _tell_triton(triton: dict[str, Any]) -> None:
+    for path in triton["older"]:
+        say(f"{path} still serves fewer erasures of the same model: export it as well, or remove it.")
+    say(f"{triton['path']} is version {triton['version']} of {triton['model']}; older versions are gone.")
+    next_command(f"curl -X POST localhost:8000/v2/repository/models/{triton['model']}/load")
+
+
 def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
     parity = artifact["parity"]
     percent = ("top1_agreement", "forget_acc", "retain_acc")
@@ -110,6 +201,6 @@ def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
         f"{artifact['bytes'] / 1e6:.1f} MB",
         artifact["precision"],
         " ".join(artifact["targets"]) or "any",
-        f"{parity['max_abs_diff']:.1e}",
+        "-" if parity["max_abs_diff"] is None else f"{parity['max_abs_diff']:.1e}",
         *("-" if parity[k] is None else f"{parity[k]:.1f} %" for k in percent),
     )

@@ -1,9 +1,10 @@
-"""`gsforget infer`: what a model sees in images; for an .onnx file without torch."""
+"""`gsforget infer`: what a model sees in images; for an .onnx file and a device folder without torch."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,20 @@ if TYPE_CHECKING:
 
 
 def infer(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a model folder or an .onnx file.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run or model folder, an .onnx file, or a device folder.")
+    ],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="IMAGE|DIR...", help="Image files, or folders of them.")
+    ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="FOLDER",
+            help="Answer each image that arrives in a folder, until Ctrl-C; lines go to FOLDER/predictions.jsonl.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 5,
     device: DeviceOption = Device.auto,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
@@ -26,8 +39,18 @@ def infer(
     as_json: JsonOption = False,
 ) -> None:
     """Classify images; a forgotten class is never returned."""
+    from gsforget.errors import RequestError
     from gsforget.export.device.infer import classify, find_images
 
+    if (watch is None) != bool(images):
+        raise RequestError(
+            "Images are named, or a folder is watched.",
+            "Type gsforget infer MODEL IMAGE, or gsforget infer MODEL --watch FOLDER.",
+            "no_images",
+        )
+    if not images or watch is not None:
+        _watch(model, Path(str(watch)), top, device)
+        return
     paths = find_images(images)
     predictor, preprocess, forgotten, names = load(model, device, trust_code)
     found = classify(
@@ -44,7 +67,9 @@ def infer(
         emit_json(found)
     else:
         table(("Image", "Class", "Score", "Then"), map(_row, found["images"]), numbers=("Score",))
-    if model.is_dir():
+    from gsforget.export.device.store import is_device_folder
+
+    if model.is_dir() and not is_device_folder(model):
         next_command(f"gsforget export {shlex.quote(str(model))} --onnx")
     else:
         named = images if len(images) <= 3 else sorted({path.parent if path.is_file() else path for path in images})
@@ -52,17 +77,32 @@ def infer(
         next_command(f"{again} --json > predictions.json")
 
 
+def _watch(model: Path, folder: Path, top: int, device: str) -> None:
+    from gsforget.export.device.source import Source
+    from gsforget.export.device.watch import Watcher, watch
+
+    watcher = Watcher(Source(model, device), folder, top)
+    say(f"Sequence {watcher.slot.current.info.sequence} answers what arrives in {folder} (Ctrl-C ends it).")
+    say(f"Lines go to {watcher.predictions}.")
+    watch(
+        watcher, lambda lines: table(("Image", "Class", "Score", "Then"), map(_row, lines), numbers=("Score",)), sleep
+    )
+
+
 def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preprocess, tuple[int, ...], list[str]]:
-    """The predictor of a model folder (torch) or an artifact (its runtime), with what is needed to use it."""
-    if not model.is_dir():
+    """The predictor of a model folder (torch), or of an artifact or device folder (its runtime), and how to use it."""
+    from gsforget.export.device.store import is_device_folder
+
+    on_device = is_device_folder(model)
+    if on_device or not model.is_dir():
+        from gsforget.export.device.apply import open_device
         from gsforget.export.device.runtime import open_model
 
-        artifact = open_model(model, device)
+        artifact = open_device(model, device) if on_device else open_model(model, device)
         return artifact, artifact.info.preprocess, artifact.info.forgotten, artifact.info.class_names
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import load_model
-    from gsforget.predict import pick_device
-    from gsforget.predict import TorchPredictor
+    from gsforget.predict import TorchPredictor, pick_device
 
     network, config = load_model(model, trust_code)
     predictor = TorchPredictor(network, pick_device(device))
@@ -70,5 +110,7 @@ def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preproce
 
 
 def _row(image: dict[str, Any]) -> tuple[str, str, str, str]:
+    if "error" in image:
+        return image["path"], "-", "", image["error"]["message"]
     first, *others = [(t["class"], f"{100 * t['score']:.1f} %") for t in image["top"]] or [("-", "")]
     return image["path"], *first, ", ".join(" ".join(other) for other in others)

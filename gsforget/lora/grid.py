@@ -8,7 +8,6 @@ without rounding in any order.  The merged weight is round_p(W + D), rounded onc
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.factors import FARTHEST, allowed_spread, check_spread
 
 LIMIT = 32767
-FARTHEST = 400  # powers of two: beyond what float32 factors need, and a product far from float64's limits
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,11 @@ class GridFactors:
     def product(self) -> Tensor:
         """The exact product D, float64 [out, in].  Raises SafetyError where exactness cannot be shown."""
         exponents = self.ea.to(torch.int64) + self.eb
-        low = int(exponents.min()) if len(exponents) else 0
-        spread = int(exponents.max()) - low if len(exponents) else 0
-        if 30 + spread + math.ceil(math.log2(max(1, len(exponents)))) > 53:
-            raise SafetyError(
-                f"The exponents of a factor pair lie {spread} powers of two apart: the product would not be exact.",
-                "The delta file is damaged or was not written by gsforget.",
-                "inexact_delta",
-            )
+        low, high = (int(exponents.min()), int(exponents.max())) if len(exponents) else (0, 0)
+        check_spread(low, high, len(exponents))
         scaled = self.b.to(torch.float64) * torch.exp2((exponents - low).to(torch.float64))
-        return (scaled @ self.a.to(torch.float64)) * 2.0**low
+        # Plus 0: whether a sum of zeros is -0 would depend on the machine's BLAS.
+        return (scaled @ self.a.to(torch.float64)) * 2.0**low + 0.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors as float32 `a` [rank, in] and `b` [out, rank]; exact, int16 times a power of two."""
@@ -73,7 +67,7 @@ def to_grid(a: Tensor, b: Tensor) -> GridFactors:
     a = a * ratio[:, None]
     b = torch.where(ratio > 0, b / ratio.clamp_min(1e-300), torch.zeros(()).double())
     ea, eb = _exponents(a.abs().amax(1)), _exponents(b.abs().amax(0))
-    allowed = 53 - 30 - math.ceil(math.log2(max(1, len(ea))))
+    allowed = allowed_spread(len(ea))
     lift = ((ea + eb).max() - allowed - (ea + eb)).clamp_min(0)
     ea, eb = ea + lift // 2, eb + lift - lift // 2
     return GridFactors(

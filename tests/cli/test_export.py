@@ -9,6 +9,7 @@ import pytest
 import gsforget.demo
 from gsforget.__main__ import main
 from gsforget.errors import GateError
+from gsforget.export.device.keys import new_keys
 
 ASSETS = Path(gsforget.demo.__file__).parent / "assets"
 
@@ -71,8 +72,36 @@ def test_a_failed_gate(model, monkeypatch, capsys):
     assert not list(Path("out").iterdir())
 
 
-def test_help_names_only_what_is_built(capsys):
+def test_help_names_the_patch(capsys):
     assert main(["export", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--onnx" in text
-    assert "--patch" not in text
+    assert all(option in text for option in ("--onnx", "--patch", "--from", "--full", "--key", "--expires"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["--patch", "--onnx"], "mixed_kinds"),
+        (["--onnx", "--from", "model"], "mixed_kinds"),
+        (["--patch", "--from", "model"], "not_a_run"),
+        (["--patch", "--full", "--from", "model"], "two_bases"),
+        (["--patch", "--full", "--expires", "0"], "bad_expires"),
+        (["--patch", "--full", "--key", "absent.key"], "no_key"),
+    ],
+)
+def test_patches_that_cannot_be(model, tmp_path, monkeypatch, capsys, arguments, kind):
+    monkeypatch.setenv("GSFORGET_KEY", str(new_keys(tmp_path / "keys")[0]))
+    assert main(["export", "model", *arguments, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == kind
+    assert "gsforget keys new" in error["hint"] or kind != "no_key"
+    assert not Path("artifacts").exists()
+
+
+def test_a_full_package_of_an_original_and_the_next_command(model, tmp_path, monkeypatch, capsys):
+    key = new_keys(tmp_path / "keys")[0]
+    assert main(["export", "model", "--patch", "--full", "--key", str(key), "--precision", "fp16", "--json"]) == 0
+    out, err = capsys.readouterr()
+    package = json.loads(out)["artifacts"][0]
+    assert (package["kind"], package["path"]) == ("full", "artifacts/model-0000-fp16.gsf")
+    assert "gsforget apply artifacts/model-0000-fp16.gsf --device-dir DIR" in err

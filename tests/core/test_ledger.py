@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gsforget import ledger
+from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, sha256, write_file
 
@@ -126,7 +127,7 @@ def test_a_rebuilt_line_must_start_from_the_model_before():
     forged = json.loads(chain(2)[1])
     forged["base"] = "another model"
     with pytest.raises(SafetyError, match="line 2 does not start from the model of line 1"):
-        ledger.parse([lines[0], ledger.canonical(forged)])
+        ledger.parse([lines[0], canonical(forged)])
 
 
 def test_a_cut_file_is_found(tmp_path):
@@ -184,7 +185,7 @@ def told(run) -> Path:
 def write_last(run: Path, **changes) -> None:
     """Write the last line anew: nothing after it holds its hash."""
     lines = ledger.read_lines(run / "ledger.jsonl")
-    lines[-1] = ledger.canonical({**json.loads(lines[-1]), **changes})
+    lines[-1] = canonical({**json.loads(lines[-1]), **changes})
     (run / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 

@@ -1,5 +1,6 @@
 """Purging removes exactly what turns an erasure back, notes it so that the ledger still verifies, and can be resumed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gsforget import ledger, purge
+from gsforget.canonical import canonical
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256, write_file
 from gsforget.lineage import ancestors
@@ -139,6 +141,59 @@ def test_what_is_sensitive_goes_and_what_is_evidence_stays(runs):
     ledger.verify(second)
 
 
+def write_full_package(path: Path) -> Path:
+    """A signed package that holds a whole model, and no factors."""
+    from gsforget.export.device.keys import new_keys, read_signing_key
+    from gsforget.export.device.metadata import ArtifactInfo
+    from gsforget.export.device.package import write_package
+    from gsforget.export.device.preprocess import Preprocess
+
+    key = read_signing_key(new_keys(path.parents[2] / "keys")[0])
+    payload = b"a whole model"
+    after = {"sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
+    artifact = {"kind": "onnx", "name": "m.onnx", "targets": [], "builder": None, "before": None, "after": after}
+    manifest = {
+        "format": 1,
+        "kind": "full",
+        "model_id": "0" * 16,
+        "sequence": 2,
+        "requires": None,
+        "precision": "fp32",
+        "created": "2026-11-25T00:00:00Z",
+        "expires": None,
+        "key_id": key.key_id,
+        "info": ArtifactInfo(
+            ["forgotten-0", "b"], (0,), 2, Preprocess((3, 4, 4), (0.5,) * 3, (0.5,) * 3), "fp32", "0" * 16
+        ).to_json(),
+        "tensors": [],
+        "artifacts": [{**artifact, "edits": [], "rest_sha256": None}],
+        "known_answers": {"tolerance": 1.0, "tests": []},
+    }
+    write_package(path, manifest, payload, key.sign)
+    return path
+
+
+def test_patches_for_devices_go_and_whole_models_after_the_erasure_stay(runs):
+    _, _, second = runs
+    model = sha256(second / WEIGHTS)
+    patch = write_artifact(second, "patch-0002-fp16.gsf", model, "full")  # whatever its sidecar says
+    moved = second / "patch-0002-fp16.gsf"
+    moved.write_bytes(patch.read_bytes())
+    full = write_full_package(second / "artifacts" / "full-0002-fp32.gsf")
+    sidecar = {"kind": "full", "file": full.name, "sha256": sha256(full), "source_sha256": model}
+    full.with_name(f"{full.name}.json").write_text(json.dumps(sidecar))
+    made = carry_out(second)
+    assert names(made) == {
+        "forget-0002/delta.safetensors",
+        "forget-0002/artifacts/patch-0002-fp16.gsf",
+        "forget-0002/artifacts/patch-0002-fp16.gsf.json",
+        "forget-0002/patch-0002-fp16.gsf",
+    }
+    assert full.exists()
+    assert not made.left
+    assert any("patches that were sent out or are on devices" in sentence for sentence in made.out_of_reach)
+
+
 def test_what_is_out_of_reach_is_named(runs, tmp_path):
     original, first, second = runs
     other = write_run(tmp_path / "runs" / "forget-0003", first, 0)
@@ -209,7 +264,7 @@ def test_a_parent_that_is_another_chain_is_not_purged(runs):
     _, first, second = runs
     entries = ledger.parse(ledger.read_lines(first / "ledger.jsonl"))
     changed = {**entries[0], "method": "other"}
-    (first / "ledger.jsonl").write_text(ledger.canonical(changed) + "\n")
+    (first / "ledger.jsonl").write_text(canonical(changed) + "\n")
     with pytest.raises(SafetyError, match="not the beginning of the chain"):
         purge.plan(second, chain=True)
     assert (first / WEIGHTS).exists()

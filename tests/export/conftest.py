@@ -9,30 +9,39 @@ KWARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_hea
 NAMES = ["ant", "bee", "cat", "dog"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_config():
     from gsforget.folder import ModelConfig
 
     return ModelConfig("vit_tiny_patch16_224", dict(KWARGS), list(NAMES), (3, 16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
+@pytest.fixture(scope="session")
+def make_original(small_config):
+    """make_original(folder): an original model folder with random weights."""
+
+    def make(folder):
+        import torch
+
+        from gsforget.folder import build_model, save_model
+
+        torch.manual_seed(0)
+        model = build_model(small_config)
+        state = {k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()}
+        folder.mkdir()
+        save_model(state, small_config, folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def original(tmp_path, small_config):
+def original(tmp_path, make_original):
     """An original model folder with random weights."""
-    import torch
-
-    from gsforget.folder import build_model, save_model
-
-    torch.manual_seed(0)
-    model = build_model(small_config)
-    state = {k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()}
-    folder = tmp_path / "original"
-    folder.mkdir()
-    save_model(state, small_config, folder)
-    return folder
+    return make_original(tmp_path / "original")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run():
     """make_run(parent, folder, index, seed, **request): erase class `index` by random factors in both blocks' fc1."""
     return _make_run

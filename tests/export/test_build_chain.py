@@ -1,4 +1,4 @@
-"""Weights at fp16 are the chain of single roundings, not one rounding at the end."""
+"""Weights at half precision are the chain of single roundings, not one rounding at the end."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.build.chain import model_id, round_half, weights_at
+from gsforget.export.build.chain import model_id, round_to, weights_at
 from gsforget.folder import sha256
 
 FC1 = "blocks.0.mlp.fc1.weight"
@@ -95,12 +95,40 @@ def test_factors_that_do_not_lead_to_the_weights_are_refused(chain):
 def test_rounding_is_one_rounding():
     # Just above the middle of two fp16 numbers: by way of float32 it would become the middle, and then the lower one.
     value = torch.tensor([1 + 2.0**-11 + 2.0**-40], dtype=torch.float64)
-    assert round_half(value, "w").item() == 1 + 2.0**-10
+    assert round_to(value, "w", "fp16").item() == 1 + 2.0**-10
+
+
+def test_bfloat16_is_one_rounding_to_nearest_even():
+    # Middles of neighbours, a little off them (float32 would not see it), subnormal numbers, and the ends of the range.
+    values = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-40, -1 - 2.0**-8 - 2.0**-40, 2 - 2.0**-40]
+    values += [0.0, 2.0**-133, 2.0**-134, 1.5 * 2.0**-133, 2.0**-134 + 2.0**-170, 255 * 2.0**120]
+    wanted = [1, 1 + 2.0**-6, 1 + 2.0**-7, -1 - 2.0**-7, 2, 0, 2.0**-133, 0, 2.0**-132, 2.0**-133, 255 * 2.0**120]
+    found = round_to(torch.tensor(values, dtype=torch.float64), "w", "bf16")
+    assert found.dtype == torch.bfloat16
+    assert found.double().tolist() == wanted
+    with pytest.raises(RequestError, match="beyond the range of bf16"):
+        round_to(torch.tensor([2.0**128 - 2.0**119], dtype=torch.float64), "w", "bf16")
+
+
+def test_bfloat16_agrees_with_torch_on_float32():
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 10
+    assert torch.equal(round_to(values, "w", "bf16"), values.to(torch.bfloat16))
+
+
+def test_bf16_is_the_closed_form_of_the_chain(chain):
+    folder, first, second = chain
+    state, info = weights_at(second, "bf16")
+    wanted = torch.from_numpy(weights(folder)).to(torch.bfloat16)
+    for run in (first, second):
+        wanted = round_to(wanted.double() + torch.from_numpy(delta(run)), FC1, "bf16")
+    assert torch.equal(state[FC1], wanted)
+    assert (state[FC1] != torch.from_numpy(weights(second)).to(torch.bfloat16)).any()
+    assert info.complete
 
 
 def test_values_beyond_fp16_are_refused():
     with pytest.raises(RequestError, match="head"):
-        round_half(torch.tensor([7e4]), "head.weight")
+        round_to(torch.tensor([7e4]), "head.weight", "fp16")
 
 
 def test_other_precisions_are_refused(original):
@@ -109,6 +137,6 @@ def test_other_precisions_are_refused(original):
 
 
 def test_the_chain_is_named_by_its_original(chain):
-    folder, first, _ = chain
+    folder, first, second = chain
     name = sha256(folder / "model.safetensors")[:16]
-    assert model_id(folder) == model_id(first) == name
+    assert model_id(folder) == model_id(first) == model_id(second) == name

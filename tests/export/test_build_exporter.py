@@ -75,13 +75,15 @@ def test_the_data_of_the_run_is_used_where_it_still_is(original, tmp_path, make_
     assert any("--data" in note for note in made["not_tested"])
 
 
-def test_half_precision_is_the_chain(run):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_the_chain(run, precision):
     from gsforget.export.build.chain import weights_at
 
-    path = export_model(run, onnx=True, precision="fp16")["artifacts"][0]["path"]
-    found = {t.name: to_array(t) for t in onnx.load(path).graph.initializer}
-    state, _ = weights_at(run, "fp16")
-    assert all(found[n].tobytes() == t.numpy().tobytes() for n, t in state.items())
+    (entry,) = export_model(run, onnx=True, precision=precision)["artifacts"]
+    found = {t.name: to_array(t) for t in onnx.load(entry["path"]).graph.initializer}
+    state, _ = weights_at(run, precision)
+    assert all(found[n].tobytes() == t.view(torch.int16).numpy().tobytes() for n, t in state.items())
+    assert ("rounded to bf16" in entry["parity"]["measured_on"]) == (precision == "bf16")
 
 
 def test_a_tampered_onnx_fails_the_parity_gate(run, tmp_path):
@@ -118,7 +120,7 @@ def test_an_artifact_that_remembers_is_not_published(run, images):
     for path in (images / "test").rglob("*.png"):  # all images of one class, as the model sees them
         path.unlink()
     model, config = load_model(run)
-    predictor, info = TorchPredictor(model), exporter._Export(run, "fp32", False, print).info
+    predictor, info = TorchPredictor(model), exporter.Export(run, "fp32", False, print).info
     rng = np.random.default_rng(5)
     from PIL import Image
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -11,6 +12,7 @@ from onnx.numpy_helper import from_array, to_array
 from torch import nn
 
 from gsforget.errors import GsforgetError, RequestError
+from gsforget.export.build.bfloat16 import open_emulated
 from gsforget.export.build.half import round_constant
 from gsforget.export.build.onnx import data_files, export_onnx, verify_names
 from gsforget.export.device.metadata import ArtifactInfo
@@ -109,6 +111,29 @@ def test_half_precision_keeps_names_and_answers(name, tmp_path):
     for batch in batches(1, 3):
         wanted = logits_of(model, batch)
         assert np.abs(open_model(path, "cpu").predict(batch) - wanted).max() < 0.02 * max(1, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_bfloat16_keeps_names_and_answers(name, tmp_path):
+    model = noisy(ARCHITECTURES[name]())
+    rounded = {n: t.bfloat16() if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in rounded.items()})
+    path = tmp_path / "m.onnx"
+    export_onnx(model, rounded, info_for(precision="bf16"), path)
+    found = {t.name: t for t in onnx.load(path).graph.initializer}
+    for parameter, _ in model.named_parameters():
+        assert found[parameter].data_type == onnx.TensorProto.BFLOAT16
+        assert found[parameter].raw_data == rounded[parameter].view(torch.int16).numpy().tobytes(), parameter
+    predictor = open_emulated(path, tmp_path)
+    for batch in batches(1, 3):
+        wanted, answered = logits_of(model, batch), predictor.predict(batch)
+        difference = np.abs(answered - wanted).max()
+        assert 1e-4 < difference < 0.05 * max(1, np.abs(wanted).max()), "bf16 is neither exact nor far off"
+        assert (torch.from_numpy(answered).bfloat16().float().numpy() == answered).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    with pytest.raises(RequestError) as refused:
+        open_model(path, "cpu")
+    assert refused.value.kind == "no_kernel", "else emulation would not be needed"
 
 
 def test_half_precision_computes_sensitive_operators_in_float32(tmp_path):
@@ -221,6 +246,8 @@ def test_other_precisions_are_refused(tmp_path):
 
 def test_constants_neither_vanish_nor_overflow():
     values = np.array([0.0, 1e-12, -1e-12, 1e9, -np.inf, 0.5], np.float32)
-    half = round_constant(values)
+    half = round_constant(values, ir.DataType.FLOAT16)
     assert half.dtype == np.float16
     assert half.tolist() == [0.0, 2.0**-24, -(2.0**-24), 65504.0, -np.inf, 0.5]
+    brain = round_constant(np.array([1e-45, np.finfo(np.float32).max, np.inf], np.float32), ir.DataType.BFLOAT16)
+    assert brain.astype(np.float64).tolist() == [2.0**-133, 255 * 2.0**120, np.inf]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import runtime
+from gsforget.export.device.files import sha256
 from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo, check_hash, sidecar_path
 from gsforget.export.device.preprocess import Preprocess
 from gsforget.export.device.runtime import open_model
@@ -96,6 +97,22 @@ def test_a_damaged_sidecar_is_refused(tmp_path, text):
     assert caught.value.kind == "bad_sidecar"
 
 
+def test_weights_beside_the_file_are_checked_as_well(tmp_path):
+    path, data = write_onnx(tmp_path / "model.onnx"), tmp_path / "model.data"
+    data.write_bytes(b"weights")
+    stated = {"sha256": sha256(path), "data_files": {data.name: sha256(data)}}
+    sidecar_path(path).write_text(json.dumps(stated))
+    open_model(path)
+    for change in (lambda: data.write_bytes(b"Weights"), data.unlink):
+        change()
+        with pytest.raises(SafetyError, match=r"model\.data") as caught:
+            open_model(path)
+        assert caught.value.kind == "hash_mismatch"
+    sidecar_path(path).write_text(json.dumps({**stated, "data_files": {"../model.data": "0" * 64}}))
+    with pytest.raises(SafetyError, match="outside"):
+        open_model(path)
+
+
 def test_info_survives_json():
     assert ArtifactInfo.from_json(json.loads(json.dumps(INFO.to_json()))) == INFO
 
@@ -170,8 +187,10 @@ predictor = open_model(sys.argv[1] + "/model.onnx")
 info = predictor.info
 found = classify(predictor, info.preprocess, info.forgotten, info.class_names, find_images([sys.argv[1]]))
 assert len(found["images"][0]["top"]) == 2
-unwanted = {"torch", "timm", "onnx", "torchvision", "gsforget.folder", "gsforget.models"} & set(sys.modules)
-assert not unwanted, unwanted
+allowed = ("gsforget.errors", "gsforget.canonical", "gsforget.export")
+core = {m for m in sys.modules if m.startswith("gsforget.") and not m.startswith(allowed)}
+unwanted = {"torch", "timm", "onnx", "torchvision", "safetensors", "typer"} & set(sys.modules)
+assert not core | unwanted, core | unwanted
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

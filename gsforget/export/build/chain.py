@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.factors import to_bfloat16
 from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
+from gsforget.lineage import ancestors
 from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 REQUEST, DELTA, LEDGER = "request.json", "delta.safetensors", "ledger.jsonl"
+BITS = {"fp16": 11, "bf16": 8}  # significant bits, with the leading one that is not stored
+ROUNDED = tuple(BITS)
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,14 @@ class ChainInfo:
 
 
 def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainInfo]:
-    """The weights of a run or model folder at ``fp32`` or ``fp16``.
+    """The weights of a run or model folder at ``fp32``, ``fp16`` or ``bf16``.
 
     Returns:
         The state dict (tensors that are not floating point stay as they are) and where its replay began.  Where an
         ancestor or its factors are gone, the oldest model that can still be replayed from is rounded instead.
 
     Raises:
-        RequestError: another precision; weights beyond the range of fp16.
+        RequestError: another precision; weights beyond its range.
         SafetyError: the factors do not lead to the run's own weights.
     """
     from gsforget.checkpoint import read_weights
@@ -60,14 +64,17 @@ def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainIn
     position = read_config(folder).sequence
     if precision == "fp32":
         return own, ChainInfo(position, 0, True)
-    if precision != "fp16":
-        raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
+    if precision not in ROUNDED:
+        raise RequestError(
+            f"There are no weights at precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
+        )
     base, steps, reason = _walk_back(folder)
-    state = {n: round_half(t, n) for n, t in read_weights(base / WEIGHTS, as_saved=True).items()}
+    first = own if base == folder else read_weights(base / WEIGHTS, as_saved=True)
+    state = {n: round_to(t, n, precision) for n, t in first.items()}
     for run in steps:
-        state = _replay(state, run)
+        state = _replay(state, run, precision)
     if steps:
-        _check_close(state, own, len(steps), folder)
+        _check_close(state, own, len(steps), folder, precision)
     start = read_config(base).sequence
     return state, ChainInfo(position, start, not reason, reason)
 
@@ -79,7 +86,8 @@ def model_id(folder: Path) -> str:
         first = ledger.read_text(encoding="utf-8").splitlines()[:1]
         if first:
             return str(json.loads(first[0])["base"])[:16]
-    return str(read_request(folder).get("parent_sha256") or sha256(folder / WEIGHTS))[:16]
+    behind = ancestors(folder)
+    return str((behind[-1].sha256 if behind else None) or sha256(folder / WEIGHTS))[:16]
 
 
 def read_request(folder: Path) -> dict[str, Any]:
@@ -93,23 +101,33 @@ def read_request(folder: Path) -> dict[str, Any]:
         raise RequestError(f"{path} is not valid JSON ({error}).", "Restore the run folder.", "bad_run") from error
 
 
-def round_half(tensor: Tensor, name: str) -> Tensor:
-    """Round once to float16, to nearest even.
+def round_to(tensor: Tensor, name: str, precision: str) -> Tensor:
+    """Round once to float16 (``fp16``) or bfloat16 (``bf16``), to nearest even.
 
-    Through numpy: torch rounds float64 to float32 on the way, which gives other bits for about one value in 20 000.
+    Not by torch, which rounds float64 to float32 on the way: that gives other bits for about one value in 20 000.
     Raises RequestError where a value does not fit.
     """
     import torch
 
     if not tensor.is_floating_point():
         return tensor
-    with np.errstate(over="ignore"):
-        half = tensor.detach().cpu().to(torch.float64).numpy().astype(np.float16)
-    if not np.isfinite(half).all():
+    exact = (
+        tensor.dtype == torch.float32 and precision == "fp16"
+    )  # numpy rounds these once as they are, five times sooner
+    values = tensor.detach().cpu().to(torch.float32 if exact else torch.float64).numpy()
+    if precision == "bf16":
+        rounded = torch.from_numpy(to_bfloat16(values).view(np.int16)).view(torch.bfloat16)
+    else:
+        with np.errstate(over="ignore"):
+            rounded = torch.from_numpy(values.astype(np.float16))
+    if not torch.isfinite(rounded).all():
+        largest = "65504" if precision == "fp16" else "3.4e38"
         raise RequestError(
-            f"Tensor {name} holds values beyond the range of fp16 (65504).", "Type --precision fp32.", "out_of_range"
+            f"Tensor {name} holds values beyond the range of {precision} ({largest}).",
+            "Type --precision fp32.",
+            "out_of_range",
         )
-    return torch.from_numpy(half)
+    return rounded
 
 
 def _walk_back(folder: Path) -> tuple[Path, list[Path], str]:
@@ -152,7 +170,7 @@ def _parent(folder: Path, request: dict[str, Any]) -> Path | None:
     return None
 
 
-def _replay(state: dict[str, Tensor], run: Path) -> dict[str, Tensor]:
+def _replay(state: dict[str, Tensor], run: Path, precision: str) -> dict[str, Tensor]:
     import torch
 
     from gsforget.lora.grid import read_delta
@@ -164,15 +182,16 @@ def _replay(state: dict[str, Tensor], run: Path) -> dict[str, Tensor]:
         product = factors.product()
         if product.numel() != state[name].numel():
             raise _mismatch(run, f"has {list(product.shape)} for {name}, which is {list(state[name].shape)}")
-        after[name] = round_half(state[name].to(torch.float64) + product.reshape(state[name].shape), name)
+        exact = state[name].to(torch.float64) + product.reshape(state[name].shape)
+        after[name] = round_to(exact, name, precision)
     return after
 
 
-def _check_close(state: dict[str, Tensor], own: dict[str, Tensor], steps: int, folder: Path) -> None:
+def _check_close(state: dict[str, Tensor], own: dict[str, Tensor], steps: int, folder: Path, precision: str) -> None:
     """Replayed weights may differ from the run's own by one rounding per step, and not by more."""
     for name, tensor in own.items():
         if tensor.is_floating_point() and tensor.numel():
-            allowed = (steps + 1) * 2.0**-10 * max(float(tensor.abs().max()), 2.0**-14)
+            allowed = (steps + 1) * 2.0 ** (1 - BITS[precision]) * max(float(tensor.abs().max()), 2.0**-14)
             if name not in state or (tensor.double() - state[name].double()).abs().amax().item() > allowed:
                 raise _mismatch(folder, f"does not lead to the weights of {name} in {WEIGHTS}")
 

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from gsforget.export.build.chain import ChainInfo
     from gsforget.export.build.parity import Samples
     from gsforget.export.device.metadata import ArtifactInfo
+    from gsforget.export.device.runtime import OnnxPredictor
+    from gsforget.export.device.targets import Plan
+    from gsforget.export.device.triton import Served
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 Progress = Callable[[str], None]
 
 
@@ -31,12 +34,13 @@ def export_model(
     *,
     onnx: bool = False,
     trt: bool = False,
-    precision: str = "fp32",
+    precision: str | None = None,
     targets: Sequence[str] = (),
     batch: Sequence[int] = (1, 8, 64),
     data: str | Path | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
+    triton_repo: str | Path | None = None,
     with_features: bool = False,
     trust_code: bool = False,
     progress: Progress | None = None,
@@ -44,15 +48,18 @@ def export_model(
     """Export a run or model folder and check the artifacts against it.
 
     Args:
-        run: a run folder, or a model folder; default: the newest run under `runs/`.
+        run: a run folder, or a model folder; default: the newest run under `runs/`.  An exported `.onnx` file is
+            handed to ``gsforget.export.device.engine.export_file``.
         onnx, trt: write an ONNX file, an engine, or both.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32`` (the default), ``fp16`` or ``bf16``.
         targets: GPUs of the engine, such as ``sm86``; empty: what the builder takes by default.
         batch: smallest, usual and largest batch of the engine.
         data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
             data, parity is measured on seeded noise and the accuracies are None.
         out: folder of the artifacts; default: `artifacts/` in a run, and in the current folder for a model folder that
             is no run (an original model is never written to).
+        triton_repo: put the engine, or the ONNX file, into this model repository of NVIDIA Triton as well; see
+            ``gsforget.export.device.triton``.
         with_features: give the file a second output, `features`, which audits can probe; such a file is named
             `…-features.onnx`, so that it does not take the place of the one for devices.
         trust_code: allow a model folder to import its own code.
@@ -67,9 +74,24 @@ def export_model(
         GateError: an artifact differs from the model, or has not forgotten; nothing was published.
         SafetyError: code that is not trusted, factors that do not fit the weights.
     """
-    from gsforget.export.build import trt as builder
+    from gsforget.export.device.targets import check_batch, choose
     from gsforget.runs import newest_run
 
+    if run is not None and Path(run).is_file():
+        from gsforget.export.device.engine import export_file
+
+        return export_file(
+            run,
+            trt=trt,
+            precision=precision,
+            targets=targets,
+            batch=batch,
+            backend=backend,
+            out=out,
+            triton_repo=triton_repo,
+            progress=progress,
+        )
+    precision = precision or "fp32"
     if not onnx and not trt:
         raise RequestError(
             "Nothing was asked for.", "Type gsforget export --onnx, or gsforget export --trt.", "no_kind"
@@ -83,12 +105,15 @@ def export_model(
     if targets and not trt:
         raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
-        raise RequestError(f"There is no precision {precision!r}.", "Type --precision fp32 or fp16.", "bad_precision")
+        raise RequestError(
+            f"There is no precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
+        )
     folder = Path(run) if run is not None else newest_run()
-    plan = builder.choose(backend, tuple(targets)) if trt else None
-    sizes = builder.check_batch(tuple(batch))
-    place = _place(folder, Path(out) if out else None)
-    export = _Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
+    plan = choose(backend, tuple(targets)) if trt else None
+    sizes = check_batch(tuple(batch))
+    place = find_place(folder, Path(out) if out else None)
+    export = Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
+    repository = _Repository.plan(triton_repo, export.info, onnx, plan, sizes)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
@@ -97,13 +122,16 @@ def export_model(
         export.check()
         if plan is not None:
             export.write_engine(scratch, plan, sizes)
-        return export.publish(place, onnx)
+        document = export.publish(place, onnx)
+        if repository is not None:
+            document["triton"] = repository.fill(export.published)
+        return document
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass
-class _Made:
+class Made:
     """An artifact that is not published yet: its file, kind, GPUs, and further fields for its sidecar."""
 
     path: Path
@@ -112,7 +140,7 @@ class _Made:
     extra: dict[str, Any]
 
 
-class _Export:
+class Export:
     """The state of one export while it runs."""
 
     def __init__(self, folder: Path, precision: str, trust_code: bool, progress: Progress, with_features: bool = False):
@@ -129,8 +157,10 @@ class _Export:
         self.request = read_request(folder)
         self.info = self._info(model_id(folder), "features" if with_features else None)
         self.samples: Samples | None = None
+        self.measured_on = ""
         self.not_tested: list[str] = []
-        self.made: list[_Made] = []
+        self.made: list[Made] = []
+        self.published: dict[str, tuple[Path, dict[str, Any]]] = {}  # kind to the file and its sidecar
         if not chain.complete:
             self.not_tested.append(
                 f"rounding is replayed from erasure {chain.base}, not from the original model: {chain.reason}"
@@ -163,6 +193,7 @@ class _Export:
 
     def write_onnx(self, scratch: Path) -> None:
         from gsforget.export.build.onnx import data_files, export_onnx
+        from gsforget.export.build.trt import erasable
 
         self.progress("writing ONNX")
         with_features = "-features" if self.info.features_name else ""
@@ -171,17 +202,17 @@ class _Export:
         if unused:
             self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
         files = {p.name: sha256(p) for p in data_files(path)}
-        self.made.append(_Made(path, "onnx", [], {"data_files": files} if files else {}))
+        extra = {"erasable": erasable(self.model, self.info.preprocess.input_size)}
+        self.made.append(Made(path, "onnx", [], {**extra, "data_files": files} if files else extra))
 
     def check(self) -> None:
         """Parity of the ONNX file with the model, and the run's gates on the file itself."""
         from gsforget.export.build import parity
-        from gsforget.export.device.runtime import open_model
         from gsforget.predict import TorchPredictor
 
         self.progress("comparing the artifact with the model")
         onnx_file = self.made[0].path
-        predictor = open_model(onnx_file, "cpu")
+        predictor, self.measured_on = open_at(onnx_file, self.precision, onnx_file.parent)
         reference = TorchPredictor(self.model)
         measured = parity.evaluate(reference, predictor, self.info.preprocess, self.precision, self.samples)
         self.parity, peak, right = measured
@@ -194,18 +225,20 @@ class _Export:
             parity.check_forgotten(right, self.samples, self.request.get("thresholds", {}), onnx_file.name)
 
     def write_engine(self, scratch: Path, plan: Any, batch: tuple[int, int, int]) -> None:
-        from gsforget.export.build.trt import build_engine
+        from gsforget.export.device.builder import build_engine
+        from gsforget.export.device.engine import NOT_RUN
 
         self.progress(f"building the engine for {', '.join(plan.targets)}")
         source = self.made[0].path
         path = scratch / f"{source.stem}-{plan.label}.engine"
-        built = build_engine(source, path, plan, batch)
-        self.made.append(_Made(path, "engine", list(plan.targets), {**built, "onnx_sha256": sha256(source)}))
-        self.not_tested.append("the engine itself has not run: parity and accuracies are those of its ONNX file")
+        built = build_engine(source, path, plan, batch, self.made[0].extra["erasable"], self.progress)
+        extra = {**built.to_json(), "onnx_sha256": sha256(source)}
+        self.made.append(Made(path, "engine", list(plan.targets), extra))
+        self.not_tested.append(NOT_RUN)
 
     def publish(self, place: Path, onnx: bool) -> dict[str, Any]:
         """Move the artifacts to their place, each followed by its sidecar; until then the old sidecar refuses it."""
-        from gsforget.export.build.sidecar import describe, write_sidecar
+        from gsforget.export.device.sidecar import describe, write_sidecar
 
         self.progress("publishing")
         source = sha256(self.folder / WEIGHTS)
@@ -213,15 +246,18 @@ class _Export:
         for made in self.made:
             if made.kind == "onnx" and not onnx:
                 continue
-            runtime = "onnxruntime" if made.kind == "onnx" else "onnxruntime, same precision"
-            parity = {**self.parity, "measured_on": runtime}
-            content = describe(made.path, made.kind, self.info, self.chain, source, made.targets, parity, made.extra)
+            same = "" if made.kind == "onnx" or self.precision == "bf16" else ", same precision"
+            parity = {**self.parity, "measured_on": f"{self.measured_on}{same}"}
+            content = describe(
+                made.path, made.kind, self.info, self.chain.to_json(), source, made.targets, parity, made.extra
+            )
             final = place / made.path.name
             stale = _old_data(final)
             for name in made.extra.get("data_files", ()):
                 made.path.with_name(name).replace(place / name)
             made.path.replace(final)
             write_sidecar(final, content)
+            self.published[made.kind] = (final, content)
             for path in stale - {place / n for n in made.extra.get("data_files", ())}:
                 path.unlink(missing_ok=True)
             shown = ("kind", "bytes", "sha256", "precision", "targets", "parity")
@@ -230,7 +266,50 @@ class _Export:
         return {"artifacts": entries, "verdict": "pass", "chain": chain, "not_tested": self.not_tested}
 
 
-def _place(folder: Path, out: Path | None) -> Path:
+def open_at(onnx_file: Path, precision: str, scratch: Path) -> tuple[OnnxPredictor, str]:
+    """An ONNX file ready to answer on the CPU at its precision, and in words what computes its answers."""
+    from gsforget.export.build import bfloat16
+    from gsforget.export.device.runtime import OnnxPredictor
+
+    if precision == "bf16":
+        return bfloat16.open_emulated(onnx_file, scratch), bfloat16.MEASURED_ON
+    return OnnxPredictor(onnx_file, "cpu"), "onnxruntime"
+
+
+@dataclass
+class _Repository:
+    """A Triton repository that an export goes into, checked before the work is done."""
+
+    path: Path
+    served: Served
+
+    @classmethod
+    def plan(
+        cls, path: str | Path | None, info: ArtifactInfo, onnx: bool, plan: Plan | None, sizes: tuple[int, int, int]
+    ) -> _Repository | None:
+        from gsforget.export.device import triton
+
+        if path is None:
+            return None
+        if onnx and plan:
+            raise RequestError(
+                "A Triton model is one file.",
+                "Type --triton-repo with --trt or with --onnx, not with both.",
+                "two_kinds",
+            )
+        served = triton.Served("engine" if plan else "onnx", info, sizes, plan.backend if plan else "")
+        triton.check(Path(path), served)
+        return cls(Path(path), served)
+
+    def fill(self, published: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+        from gsforget.export.device.triton import publish
+
+        file, content = published[self.served.kind]
+        data = [file.with_name(name) for name in content.get("data_files", ())]
+        return publish(self.path, self.served, file, content, data)
+
+
+def find_place(folder: Path, out: Path | None) -> Path:
     """Where artifacts go.  Raises RequestError for a place inside an original model."""
     from gsforget.export.build.chain import REQUEST
 
@@ -258,12 +337,12 @@ def _place(folder: Path, out: Path | None) -> Path:
 def _fit(model: nn.Module, state: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
     """Load weights at a precision into the float32 model, and return them with its buffers at that precision."""
     from gsforget.checkpoint import apply_weights
-    from gsforget.export.build.chain import round_half
+    from gsforget.export.build.chain import ROUNDED, round_to
 
-    if precision == "fp16":
+    if precision in ROUNDED:
         single = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
         apply_weights(model, single, WEIGHTS)
-        return {n: round_half(t, n) for n, t in model.state_dict().items()}
+        return {n: round_to(t, n, precision) for n, t in model.state_dict().items()}
     return dict(model.state_dict())
 
 

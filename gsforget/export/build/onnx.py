@@ -39,8 +39,8 @@ def export_onnx(
 
     Args:
         model: in eval mode on the CPU, float32; returns logits, or an object that carries them.
-        state: what the initializers must hold: the model's state dict, at the precision of ``info`` (``fp32`` or
-            ``fp16``; at fp16 the graph computes in half precision, input and logits stay float32).
+        state: what the initializers must hold: the model's state dict, at the precision of ``info`` (``fp32``, ``fp16``
+            or ``bf16``; at half precision the graph computes in it, input and logits stay float32).
         info: goes into the file's metadata; names the input and the outputs and gives the image size.  With a
             ``features_name``, what the classifier reads is a second output.
         path: file to write.  It must not be read by others meanwhile: publish it by renaming.  With more than
@@ -57,19 +57,20 @@ def export_onnx(
     import onnx
     import onnx_ir as ir
 
+    from gsforget.export.build.chain import ROUNDED
     from gsforget.export.device.metadata import METADATA_KEY
 
     graph_model = _trace(model, info, opset)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     _simplify(graph_model, state.keys())
     _forget_traces(graph_model)
-    if info.precision == "fp16":
+    if info.precision in ROUNDED:
         from gsforget.export.build.half import to_half
 
-        to_half(graph_model, keep=set(state))
+        to_half(graph_model, set(state), info.precision)
     elif info.precision != "fp32":
         raise RequestError(
-            f"ONNX cannot be written at {info.precision}.", "Type --precision fp32 or fp16.", "bad_precision"
+            f"ONNX cannot be written at {info.precision}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
         )
     arrays = {name: _array(tensor) for name, tensor in state.items()}
     _set_weights(graph_model, arrays)
@@ -245,7 +246,13 @@ def _set_weights(model: ir.Model, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().numpy()
+    import ml_dtypes
+    import torch
+
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return plain.numpy()
 
 
 def _aliases(model: nn.Module) -> dict[str, set[str]]:
@@ -261,7 +268,7 @@ def _data_name(path: Path, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(arrays[name].data if arrays[name].size else b"")
+        digest.update(arrays[name].reshape(-1).view("uint8").data)
     return f"{path.stem}-{digest.hexdigest()[:12]}.data"
 
 

@@ -75,17 +75,36 @@ def classify(
     """
     if top < 1 or batch_size < 1:
         raise RequestError(f"top ({top}) and batch size ({batch_size}) must be at least 1.", "Use --top 5.", "bad_top")
-    kept = np.array([i for i in range(len(class_names)) if i not in set(forgotten)], dtype=int)
     images: list[dict[str, Any]] = []
     for names, batch in _batches(preprocess, paths, batch_size, skip_corrupt, on_skip):
-        logits = _checked(predictor.predict(batch), names, len(class_names))
-        for path, row in zip(names, _softmax(logits[:, kept].astype(np.float64)), strict=True):
-            order = np.argsort(-row, kind="stable")[:top]
-            ranked = [{"class": class_names[kept[i]], "score": float(row[i])} for i in order]
-            images.append({"path": str(path), "top": ranked})
+        ranked = rank(predictor.predict(batch), [str(name) for name in names], forgotten, class_names, top)
+        images += [{"path": str(path), "top": best} for path, best in zip(names, ranked, strict=True)]
     if not images:
         raise RequestError("No image could be read.", "Name other images.", "no_images")
     return {"images": images}
+
+
+def rank(
+    logits: np.ndarray, images: Sequence[str], forgotten: Collection[int], class_names: Sequence[str], top: int
+) -> list[list[dict[str, Any]]]:
+    """Rank the classes of each image by its logits [N, K].
+
+    Args:
+        images: what to call each image in an error.
+        forgotten, class_names, top: as for ``classify``.
+
+    Returns:
+        Per image ``[{"class", "score"}]``, best first.
+
+    Raises RequestError for logits that do not fit ``class_names`` or are not finite.
+    """
+    kept = np.array([i for i in range(len(class_names)) if i not in set(forgotten)], dtype=int)
+    scores = _softmax(_checked(logits, images, len(class_names))[:, kept].astype(np.float64))
+    orders = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return [
+        [{"class": class_names[kept[i]], "score": float(row[i])} for i in order]
+        for row, order in zip(scores, orders, strict=True)
+    ]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -123,7 +142,7 @@ def _batches(
             yield names, np.stack(images)
 
 
-def _checked(logits: np.ndarray, names: list[Path], classes: int) -> np.ndarray:
+def _checked(logits: np.ndarray, names: Sequence[str], classes: int) -> np.ndarray:
     if logits.shape != (len(names), classes):
         raise RequestError(
             f"The model gives {list(logits.shape)} logits for {len(names)} images, but {classes} class names are known.",

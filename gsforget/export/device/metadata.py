@@ -6,7 +6,6 @@ An ONNX file carries this as JSON in its own metadata, so that a lone file suffi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.files import sha256
 from gsforget.export.device.preprocess import Preprocess
 
 METADATA_KEY = "gsforget"  # in the metadata_props of an ONNX file
@@ -116,7 +116,7 @@ def read_sidecar(artifact: str | Path) -> dict[str, Any] | None:
 
 
 def check_hash(artifact: str | Path) -> dict[str, Any] | None:
-    """Compare an artifact with the SHA-256 in its sidecar and return the sidecar (None where there is none).
+    """Compare an artifact, and data that it keeps beside it, with its sidecar; returns that (None where there is none).
 
     Raises SafetyError, kind ``hash_mismatch`` when the bytes are others, ``bad_sidecar`` when no hash is stated.
     """
@@ -126,12 +126,17 @@ def check_hash(artifact: str | Path) -> dict[str, Any] | None:
     stated = sidecar.get("sha256")
     if not isinstance(stated, str):
         raise _refused(f"{sidecar_path(artifact)} states no sha256.", "bad_sidecar")
-    with open(artifact, "rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != stated.lower():
-        raise _refused(
-            f"{artifact} is not the file that its sidecar describes (SHA-256 {found[:12]}…).", "hash_mismatch"
-        )
+    data = sidecar.get("data_files", {})
+    if not isinstance(data, dict) or any(Path(str(name)).name != name for name in data):
+        raise _refused(f"{sidecar_path(artifact)} names data files outside its own folder.", "bad_sidecar")
+    for path, expected in ((Path(artifact), stated), *((Path(artifact).with_name(n), h) for n, h in data.items())):
+        if not path.is_file():
+            raise _refused(f"{path}, which holds weights of {artifact}, is absent.", "hash_mismatch")
+        found = sha256(path)
+        if found != str(expected).lower():
+            raise _refused(
+                f"{path} is not the file that its sidecar describes (SHA-256 {found[:12]}…).", "hash_mismatch"
+            )
     return sidecar
 
 

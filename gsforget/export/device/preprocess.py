@@ -6,6 +6,7 @@ Steps and roundings follow `timm.data.transforms_factory.transforms_imagenet_eva
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 from collections.abc import Mapping
@@ -121,8 +122,7 @@ class Preprocess:
         absent file and ``corrupt_image`` for an empty, truncated, damaged or unknown one.
         """
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                pixels = image.convert(self.image_mode)
+            pixels = self._read(path)
         except FileNotFoundError as error:
             raise RequestError(f"There is no image {path}.", "Check the path.", "no_image") from error
         except PermissionError as error:
@@ -130,12 +130,25 @@ class Preprocess:
                 f"{path} may not be read by this user.", "Change its permissions.", "no_image"
             ) from error
         except DAMAGED as error:
-            raise RequestError(
-                f"{path} is not a readable image ({_reason(Path(path), error)}).",
-                "Replace or remove the file.",
-                "corrupt_image",
-            ) from error
+            empty = Path(path).is_file() and Path(path).stat().st_size == 0
+            why = "it is a folder" if Path(path).is_dir() else _reason(empty, error)
+            raise _corrupt(str(path), why) from error
         return self(pixels)
+
+    def decode(self, data: bytes, name: str) -> np.ndarray:
+        """The bytes of one image file: float32 [C, H, W].
+
+        Raises RequestError ``corrupt_image``, which calls the image by ``name``, as ``load`` does.
+        """
+        try:
+            pixels = self._read(io.BytesIO(data))
+        except DAMAGED as error:
+            raise _corrupt(name, _reason(not data, error)) from error
+        return self(pixels)
+
+    def _read(self, source: str | Path | io.BytesIO) -> Image.Image:
+        with Image.open(source, formats=FORMATS) as image:
+            return image.convert(self.image_mode)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """float32 [C, H, W] of a Pillow image of any mode and size."""
@@ -186,15 +199,19 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 def _unusable(reason: str) -> RequestError:
     return RequestError(
-        f"The preprocessing values cannot be used: {reason}.", "Correct --mean, --std, --crop-pct or --interpolation, or the model's config.json.", "bad_config"
+        f"The preprocessing values cannot be used: {reason}.",
+        "Correct --mean, --std, --crop-pct or --interpolation, or the model's config.json.",
+        "bad_config",
     )
 
 
-def _reason(path: Path, error: BaseException) -> str:
-    if path.is_file() and path.stat().st_size == 0:
+def _corrupt(name: str, why: str) -> RequestError:
+    return RequestError(f"{name} is not a readable image ({why}).", "Replace or remove the file.", "corrupt_image")
+
+
+def _reason(empty: bool, error: BaseException) -> str:
+    if empty:
         return "the file is empty"
-    if path.is_dir():
-        return "it is a folder"
     if isinstance(error, Image.UnidentifiedImageError):
         return "its format is unknown"
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -5,7 +5,6 @@ Engines are refused with a sentence until their inference has been run on the ha
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,17 +12,31 @@ from typing import Any, Protocol
 import numpy as np
 
 from gsforget.errors import RequestError
+from gsforget.export.device.files import sha256
+from gsforget.export.device.gpu import cuda_devices
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
 from gsforget.export.device.preprocess import Preprocess
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity: it otherwise warns about GPUs it does not find
 SUFFIXES = (".onnx", ".engine")
+PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "trt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 
 class Predictor(Protocol):
-    """A loaded artifact."""
+    """A loaded artifact.
+
+    Attributes:
+        info: what it says of itself.
+        path, sha256: the file, and the hash of its bytes.
+    """
 
     info: ArtifactInfo
+    path: Path
+    sha256: str
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """float32 images [N, C, H, W] to float32 logits [N, K]."""
@@ -34,14 +47,23 @@ class Predictor(Protocol):
         ...
 
 
-def open_model(path: str | Path, device: str = "auto", foreign: Mapping[str, Any] | None = None) -> Predictor:
+def open_model(
+    path: str | Path,
+    device: str = "auto",
+    foreign: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+) -> Predictor:
     """Load an artifact for inference.
 
     Args:
         path: an exported `.onnx` file; its hash is checked where it has a sidecar.
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, or ``trt`` and ``rtx`` for ONNX Runtime's
+            TensorRT and TensorRT for RTX, which build an engine of their own from an ONNX file.
         foreign: ``class_names`` and ``preprocess`` (fields of `Preprocess`) for a file that says nothing of itself, as
             other exporters write them; its only input and its first output are taken.
+        cache: folder in which a runtime keeps what it builds from this very file, and from no other: its key is the
+            file's name and graph, not the weights, so that it would take an engine of the old ones for the new.  None:
+            nothing is kept.
 
     Raises RequestError for a file that is absent, unreadable, not ours or cannot run here, and SafetyError
     (kind ``hash_mismatch``) for one that its sidecar does not describe.
@@ -49,19 +71,26 @@ def open_model(path: str | Path, device: str = "auto", foreign: Mapping[str, Any
     path = check_artifact(path)
     if path.suffix.lower() == ".engine":
         raise _no_engines(path)
-    return OnnxPredictor(path, device, foreign)
+    return OnnxPredictor(path, device, foreign, cache)
 
 
 class OnnxPredictor:
     """An ONNX file in ONNX Runtime."""
 
-    def __init__(self, path: Path, device: str = "auto", foreign: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        device: str = "auto",
+        foreign: Mapping[str, Any] | None = None,
+        cache: Path | None = None,
+    ):
         sidecar = check_hash(path)
-        self._session = _session(path, _providers(device))
-        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+        self.path, self.sha256 = path, str(sidecar["sha256"]).lower() if sidecar else sha256(path)
+        self._session = _session(path, _providers(device, cache))
+        if PROVIDERS.get(device, "") not in ("", *self._session.get_providers()):
             raise RequestError(
-                "ONNX Runtime could not start its CUDA provider on this machine.",
-                "Install the CUDA and cuDNN libraries that onnxruntime-gpu needs, or use --device cpu.",
+                f"ONNX Runtime could not start {PROVIDERS[device]} on this machine.",
+                "Install the CUDA, cuDNN and TensorRT libraries that it needs, or use --device cpu.",
                 "no_cuda",
             )
         try:
@@ -101,9 +130,11 @@ class OnnxPredictor:
         size = self._batch or max(len(images), 1)
         parts = [images[i : i + size] for i in range(0, len(images), size)] or [images]
         short = size - len(parts[-1]) if self._batch else 0
-        parts[-1] = np.pad(parts[-1], ((0, short), (0, 0), (0, 0), (0, 0)))
+        if short:
+            parts[-1] = np.pad(parts[-1], ((0, short), (0, 0), (0, 0), (0, 0)))
         runs = [self._session.run(names, {self.info.input_name: part}) for part in parts]
-        return [np.concatenate(of_one)[: len(images)].astype(np.float32) for of_one in zip(*runs, strict=True)]
+        whole = (np.concatenate(of_one) if len(of_one) > 1 else of_one[0] for of_one in zip(*runs, strict=True))
+        return [one[: len(images)].astype(np.float32, copy=False) for one in whole]
 
 
 def check_artifact(path: str | Path) -> Path:
@@ -124,19 +155,6 @@ def check_artifact(path: str | Path) -> Path:
     return path
 
 
-def cuda_devices() -> int:
-    """Number of NVIDIA GPUs, asked from the driver itself; 0 without a driver."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-    return 0
-
-
 def _runtime() -> Any:
     try:
         import onnxruntime
@@ -150,19 +168,35 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _providers(device: str) -> list[Any]:
-    if device not in ("auto", "cpu", "cuda"):
+def _providers(device: str, cache: Path | None = None) -> list[Any]:
+    if device not in ("auto", "cpu", *PROVIDERS):
         raise RequestError(f"There is no device {device!r}.", "Use --device auto, cpu or cuda.", "unknown_device")
     runtime = _runtime()
-    has_gpu = device != "cpu" and cuda_devices() > 0 and "CUDAExecutionProvider" in runtime.get_available_providers()
-    if device == "cuda" and not has_gpu:
-        why = "this ONNX Runtime is built for the CPU only" if cuda_devices() else "this machine has no NVIDIA GPU"
-        raise RequestError(f"--device cuda cannot be used: {why}.", "Use --device cpu.", "no_cuda")
+    name = PROVIDERS.get(device, PROVIDERS["cuda"])
+    has_gpu = device != "cpu" and cuda_devices() > 0 and name in runtime.get_available_providers()
+    if device in PROVIDERS and not has_gpu:
+        why = f"this ONNX Runtime has no {name}" if cuda_devices() else "this machine has no NVIDIA GPU"
+        raise RequestError(f"--device {device} cannot be used: {why}.", "Use --device cpu.", "no_cuda")
     if not has_gpu:
         return ["CPUExecutionProvider"]
     runtime.preload_dlls()
     # TensorFloat-32 would round fp32 inputs to 10 bits, and the outputs would no longer be those that were measured.
-    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
+    return [*([(name, cache_options(device, cache))] if device in ("trt", "rtx") else []), cuda, "CPUExecutionProvider"]
+
+
+def cache_options(device: str, cache: Path | None) -> dict[str, str]:
+    """The options with which a provider keeps what it builds in a folder; none where there is no folder."""
+    if cache is None:
+        return {}
+    cache.mkdir(parents=True, exist_ok=True)
+    if device == "rtx":
+        return {"nv_runtime_cache_path": str(cache)}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(cache),
+        "trt_engine_cache_prefix": cache.name[:16],
+    }
 
 
 def _session(path: Path, providers: list[Any]) -> Any:
@@ -173,6 +207,12 @@ def _session(path: Path, providers: list[Any]) -> Any:
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if "NOT_IMPLEMENTED" in first:
+            raise RequestError(
+                f"ONNX Runtime has no code for {path} on this machine ({first}).",
+                "Run it on a GPU; on a CPU use a file of --precision fp32 or fp16, since ONNX Runtime knows no bf16 there.",
+                "no_kernel",
+            ) from error
         raise RequestError(
             f"ONNX Runtime cannot load {path} ({first}).", "Copy the file again, or export it again.", "bad_artifact"
         ) from error

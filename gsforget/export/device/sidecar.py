@@ -6,17 +6,14 @@ It lies outside the file, so that an engine stays loadable by TensorRT's own too
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gsforget import __version__
-from gsforget.export.device.metadata import sidecar_path
-from gsforget.folder import sha256, write_file
-
-if TYPE_CHECKING:
-    from gsforget.export.build.chain import ChainInfo
-    from gsforget.export.device.metadata import ArtifactInfo
+from gsforget.export.device.files import sha256, write_file
+from gsforget.export.device.metadata import ArtifactInfo, sidecar_path
 
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
@@ -25,8 +22,8 @@ def describe(
     artifact: Path,
     kind: str,
     info: ArtifactInfo,
-    chain: ChainInfo,
-    source_sha256: str,
+    chain: Mapping[str, Any],
+    source_sha256: str | None,
     targets: list[str],
     parity: dict[str, Any],
     extra: dict[str, Any] | None = None,
@@ -35,7 +32,8 @@ def describe(
 
     Args:
         kind: ``onnx`` or ``engine``.
-        source_sha256: of the model folder's `model.safetensors`.
+        chain: where in its chain of erasures the artifact stands, as `ChainInfo.to_json()` says it.
+        source_sha256: of the model folder's `model.safetensors`; None where that is not known.
         targets: compute capabilities such as ``sm86``; empty for ONNX.
         parity: what was measured, on what, and with which runtime.
         extra: further fields, such as the builder of an engine.
@@ -48,7 +46,7 @@ def describe(
         "sha256": sha256(artifact),
         "precision": info.precision,
         "targets": targets,
-        "chain": chain.to_json(),
+        "chain": dict(chain),
         "source_sha256": source_sha256,
         "parity": parity,
         "model": info.to_json(),

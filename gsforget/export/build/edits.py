@@ -1,0 +1,170 @@
+"""What a patch changes: tensors between two ONNX files, where they lie in each artifact, and the proof on a device's terms."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gsforget.export.build.chain import ROUNDED
+from gsforget.export.build.locate import NotLocated, Place, find_matrix, onnx_metadata, onnx_places
+from gsforget.export.device.edit import Edits, mapped, rest_sha256
+from gsforget.export.device.factors import STORED
+from gsforget.export.device.manifest import (
+    Builder,
+    Digest,
+    GiveEdit,
+    Manifest,
+    PatchedArtifact,
+    TensorChange,
+    TensorEdit,
+)
+from gsforget.export.device.metadata import METADATA_KEY
+from gsforget.folder import sha256
+
+if TYPE_CHECKING:
+    from gsforget.export.build.exporter import Made
+    from gsforget.lora.grid import GridFactors
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+assert set(DTYPES) == {"fp32", *ROUNDED}
+
+
+@dataclass
+class Change:
+    """One tensor before and after an erasure, as stored, [rows, columns], and the factors between the two."""
+
+    name: str
+    factors: GridFactors
+    before: np.ndarray
+    after: np.ndarray
+
+
+@dataclass
+class Packer:
+    """Collects a payload and, with it, what the manifest says of the tensors."""
+
+    dtype: str
+    payload: bytearray = field(default_factory=bytearray)
+    tensors: list[TensorChange] = field(default_factory=list)
+
+    def add(self, change: Change) -> None:
+        """Append the factors of a tensor."""
+        f = change.factors
+        at = {}
+        for part, dtype in (("ea", "<i4"), ("eb", "<i4"), ("a", "<i2"), ("b", "<i2")):
+            at[part] = self.give(getattr(f, part).numpy().astype(dtype).tobytes())[0]
+        rows, columns = change.before.shape
+        self.tensors.append(
+            TensorChange(
+                change.name,
+                self.dtype,
+                (rows, columns),
+                len(f.ea),
+                (at["a"], at["b"], at["ea"], at["eb"]),
+                _digest_of(change.before),
+                _digest_of(change.after),
+            )
+        )
+
+    def give(self, content: bytes) -> tuple[int, int]:
+        """Append bytes; returns where they begin, at a multiple of four, and how many they are."""
+        self.payload.extend(bytes(-len(self.payload) % 4))
+        start = len(self.payload)
+        self.payload.extend(content)
+        return start, len(content)
+
+
+def changes_between(
+    old: bytes, new: bytes, delta: dict[str, GridFactors], precision: str
+) -> tuple[list[Change], dict[str, Place]]:
+    """The tensors that differ between two ONNX files of one model, and where each lies in the old file.
+
+    Raises NotLocated where one of them cannot be found in either file.
+    """
+    dtype = STORED[DTYPES[precision]]
+    places, after = onnx_places(old), onnx_places(new)
+    found, where = [], {}
+    for name, factors in sorted(delta.items()):
+        shape = (factors.b.shape[0], factors.a.shape[1])
+        parts = []
+        for data, known in ((old, places), (new, after)):
+            size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+            if name not in known or known[name].size != size:
+                raise NotLocated(f"the ONNX file holds no tensor {name} of {list(shape)} numbers in its own bytes")
+            parts.append(np.frombuffer(data, dtype, shape[0] * shape[1], known[name].at).reshape(shape))
+        if parts[0].tobytes() != parts[1].tobytes():
+            found.append(Change(name, factors, *parts))
+            where[name] = places[name]
+    if not found:
+        raise NotLocated("no tensor of the ONNX file changes at this precision")
+    return found, where
+
+
+def onnx_edits(old: bytes, new: bytes, where: dict[str, Place], packer: Packer) -> tuple[TensorEdit | GiveEdit, ...]:
+    """The edits that make a new ONNX file of an old one: tensors, and what differs in the metadata entry."""
+    was, now = onnx_metadata(old, METADATA_KEY), onnx_metadata(new, METADATA_KEY)
+    entry = splice(old[was.at : was.at + was.size], new[now.at : now.at + now.size], was.at, packer)
+    edits = [TensorEdit(p.at, p.size, name) for name, p in where.items()]
+    return tuple(sorted([*edits, *entry], key=lambda e: e.at))
+
+
+def splice(old: bytes, new: bytes, at: int, packer: Packer) -> list[GiveEdit]:
+    """The parts between commas in which two texts differ: a thousand class names need not travel for one of them."""
+    was, now = (re.findall(rb"[^,]*,|[^,]+", text) for text in (old, new))
+    starts = list(itertools.accumulate(map(len, was), initial=at))
+    return [
+        GiveEdit(starts[i], starts[j] - starts[i], packer.give(b"".join(now[k:m])))
+        for kind, i, j, k, m in difflib.SequenceMatcher(None, was, now, autojunk=False).get_opcodes()
+        if kind != "equal"
+    ]
+
+
+def engine_edits(old: bytes, changes: Sequence[Change]) -> tuple[TensorEdit, ...]:
+    """The edits of an engine in which each old tensor lies verbatim, once.  Raises NotLocated where one does not."""
+    edits = []
+    for change in changes:
+        try:
+            place = find_matrix(old, change.before)
+        except NotLocated as error:
+            raise NotLocated(f"tensor {change.name} cannot be located in the engine: {error}") from error
+        edits.append(TensorEdit(place.at, place.size, change.name, place.transposed))
+    return tuple(sorted(edits, key=lambda e: e.at))
+
+
+def prove(manifest: Manifest, payload: bytes, artifact: PatchedArtifact, old: Path) -> None:
+    """Apply a patch in memory as a device does, and compare with the hash of the fresh build.
+
+    Raises SafetyError where the result is another file.
+    """
+    with mapped(old) as data:
+        edits = Edits(manifest, payload)
+        edits.prepare(data, artifact)
+        edits.check_result(data, artifact)
+        edits.tensors.clear()
+
+
+def describe_artifact(made: Made, old: Path | None, edits: Sequence[TensorEdit | GiveEdit]) -> PatchedArtifact:
+    """What the manifest says of a file; without an old one it is packed whole."""
+    builder = None
+    if made.kind == "engine":
+        low, usual, high = made.extra["batch"]
+        builder = Builder(made.extra["builder"], made.extra["builder_version"], (low, usual, high))
+    before = rest = None
+    if old is not None:
+        before = Digest(sha256(old), old.stat().st_size)
+        with mapped(old) as data:
+            rest = rest_sha256(data, tuple(edits))
+    after = Digest(sha256(made.path), made.path.stat().st_size)
+    return PatchedArtifact(made.kind, made.path.name, tuple(made.targets), builder, before, after, tuple(edits), rest)
+
+
+def _digest_of(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,118 @@
+"""Where a tensor's bytes lie in a file: in ONNX read off the protobuf, in an engine found by value and only if just once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gsforget.export.device.onnx_file import PROPERTIES, fields
+
+PROBE = 64  # bytes searched for before a whole tensor is compared
+MOST_HITS = 1000  # places where a probe matches; beyond, a tensor is as good as constant and is not looked for
+# Field numbers of onnx.proto.
+GRAPH = 7  # of ModelProto
+INITIALIZER = 5  # of GraphProto
+NAME, RAW_DATA, EXTERNAL_DATA = 8, 9, 13  # of TensorProto
+KEY = 1  # of StringStringEntryProto
+
+
+@dataclass(frozen=True)
+class Place:
+    """``size`` bytes from ``at`` on; ``transposed`` where a matrix lies there column by column."""
+
+    at: int
+    size: int
+    transposed: bool = False
+
+
+class NotLocated(Exception):
+    """A tensor or an entry is not where it can be found without doubt; the message says which and why."""
+
+
+def onnx_places(data: bytes) -> dict[str, Place]:
+    """The raw data of each initializer in the bytes of an ONNX file, by name.
+
+    Initializers stored in another way (outside the file, or number by number) are left out.  Raises NotLocated for a file
+    that is no ONNX model with one graph, or holds a name twice.
+    """
+    places: dict[str, Place] = {}
+    seen: set[str] = set()
+    for tensor in (span for number, span in _fields(data, _graph(data)) if number == INITIALIZER):
+        parts = dict(_fields(data, tensor))
+        name = data[slice(*parts[NAME])].decode() if NAME in parts else ""
+        if not name or name in seen:
+            raise NotLocated(f"the ONNX file holds an initializer {name!r} twice or without a name")
+        seen.add(name)
+        if RAW_DATA in parts and EXTERNAL_DATA not in parts:
+            start, end = parts[RAW_DATA]
+            places[name] = Place(start, end - start)
+    return places
+
+
+def onnx_metadata(data: bytes, key: str) -> Place:
+    """The whole entry of a metadata key in the bytes of an ONNX file, with its tag and length.
+
+    Raises NotLocated unless it is there exactly once.
+    """
+    found, begin = [], 0
+    for number, (start, end) in _fields(data, (0, len(data))):
+        if number == PROPERTIES:
+            parts = dict(_fields(data, (start, end)))
+            if data[slice(*parts.get(KEY, (0, 0)))] == key.encode():
+                found.append(Place(begin, end - begin))
+        begin = end  # fields follow each other without a gap
+    if len(found) != 1:
+        raise NotLocated(f"the ONNX file holds {len(found)} metadata entries {key!r}")
+    return found[0]
+
+
+def find_matrix(data: bytes, matrix: np.ndarray) -> Place:
+    """Where a matrix [rows, columns] lies in an engine, row by row or column by column.
+
+    Raises NotLocated where it lies nowhere, or in more than one place.
+    """
+    for transposed in (False, True):
+        wanted = (matrix.T if transposed else matrix).tobytes()
+        at = find_all(data, wanted)
+        if len(at) == 1:
+            return Place(at[0], len(wanted), transposed)
+        if at:
+            raise NotLocated(f"it lies there {len(at)} times")
+        if matrix.ndim != 2 or 1 in matrix.shape:
+            break
+    raise NotLocated("its bytes are not there")
+
+
+def find_all(data: bytes, wanted: bytes) -> list[int]:
+    """Every offset at which ``wanted`` lies in ``data``.  Raises NotLocated where it is too uniform to be told apart."""
+    if not wanted:
+        raise NotLocated("it is empty")
+    middle = max(0, len(wanted) // 2 - PROBE // 2)
+    probe = wanted[middle : middle + PROBE]
+    view, found, hits = memoryview(data), [], 0
+    at = data.find(probe, middle)
+    while at >= 0:
+        hits += 1
+        if hits > MOST_HITS:
+            raise NotLocated("its values are too uniform")
+        begin = at - middle
+        if view[begin : begin + len(wanted)] == wanted:
+            found.append(begin)
+        at = data.find(probe, at + 1)
+    return found
+
+
+def _graph(data: bytes) -> tuple[int, int]:
+    graphs = [span for number, span in _fields(data, (0, len(data))) if number == GRAPH]
+    if len(graphs) != 1:
+        raise NotLocated(f"the file holds {len(graphs)} graphs and is no ONNX model that gsforget wrote")
+    return graphs[0]
+
+
+def _fields(data: bytes, within: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    try:
+        yield from fields(data, *within)
+    except ValueError as error:
+        raise NotLocated(f"the ONNX file cannot be read: {error}") from error

@@ -1,0 +1,59 @@
+"""A chain of erasures whose packages the tests of the device room apply, tamper with and interrupt."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _load_world():
+    spec = importlib.util.spec_from_file_location("device_world", Path(__file__).with_name("world.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+World = _load_world().World
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No waiting for the disk; whether flushes come where they must is tested by `test_kills.py`."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def make_world():
+    """make_world(root, …): a `World`, see world.py."""
+    return World
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """Two erasures of a small fp32 model, with its packages written; read-only."""
+    made = World(tmp_path_factory.mktemp("chain"))
+    made.erase(), made.erase()
+    for sequence in (1, 2):
+        made.patch(sequence)
+        made.full(sequence)
+    return made
+
+
+@pytest.fixture(scope="session")
+def installed(chain, tmp_path_factory):
+    from gsforget.export.device.apply import apply
+
+    root = tmp_path_factory.mktemp("installed") / "device"
+    apply(chain.artifact(0), root, trust=chain.public)
+    return root
+
+
+@pytest.fixture
+def device(installed, tmp_path):
+    """A device folder of its own with the original model of `chain` installed, and its key trusted."""
+    shutil.copytree(installed, tmp_path / "device")
+    return tmp_path / "device"

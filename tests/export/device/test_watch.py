@@ -1,0 +1,173 @@
+"""A watched folder: each complete image answered once, also across restarts, and by the new model after a package."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.apply import apply
+from gsforget.export.device.infer import classify
+from gsforget.export.device.runtime import open_model
+from gsforget.export.device.source import Source
+from gsforget.export.device.watch import PREDICTIONS, Watcher
+
+
+def picture(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def inbox(tmp_path):
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    return folder
+
+
+def lines(inbox):
+    path = inbox / PREDICTIONS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def paths(entries):
+    return [e["path"] for e in entries]
+
+
+def test_each_image_is_answered_once_and_as_infer_answers_it(inbox, chain):
+    watcher = Watcher(Source(chain.artifact(1), "cpu"), inbox, top=2, batch_size=2)
+    for name in ("a.png", "b.jpg", "c.PNG"):
+        (inbox / name).write_bytes(picture(len(name) + ord(name[0])))
+    (inbox / "below").mkdir()
+    (inbox / "below" / "d.png").write_bytes(picture(9))
+    for hidden in (".e.png", "notes.txt"):
+        (inbox / hidden).write_bytes(picture())
+    assert watcher.look() == [], "they may still be written to"
+    assert watcher.waiting == 4
+    found = watcher.look()
+    assert sorted(paths(found)) == ["a.png", "b.jpg", "below/d.png", "c.PNG"]
+    assert (watcher.waiting, watcher.look(), lines(inbox)) == (0, [], found)
+    model = open_model(chain.artifact(1), "cpu")
+    info = model.info
+    expected = classify(
+        model, info.preprocess, info.forgotten, info.class_names, [inbox / p for p in paths(found)], top=2
+    )
+    for entry, image in zip(found, expected["images"], strict=True):
+        assert [t["class"] for t in entry["top"]] == [t["class"] for t in image["top"]]
+        assert [t["score"] for t in entry["top"]] == pytest.approx([t["score"] for t in image["top"]], abs=1e-6)
+        assert (entry["sequence"], entry["model_id"]) == (1, info.model_id)
+
+
+def test_a_file_that_is_still_written_waits(inbox, chain):
+    watcher = Watcher(Source(chain.artifact(0), "cpu"), inbox)
+    raw = picture()
+    for end in (20, 40, len(raw)):
+        (inbox / "a.png").write_bytes(raw[:end])
+        os.utime(inbox / "a.png", ns=(end, end))
+        assert watcher.look() == []
+    assert "top" in watcher.look()[0]
+
+
+def test_what_is_no_image_is_noted_once_and_answered_when_it_is_replaced(inbox, chain):
+    watcher = Watcher(Source(chain.artifact(0), "cpu"), inbox)
+    (inbox / "a.png").write_bytes(picture()[:30])
+    (inbox / "b.png").write_bytes(picture(1))
+    watcher.look()
+    bad, good = watcher.look()
+    assert bad["error"]["kind"] == "corrupt_image"
+    assert "top" in good
+    assert watcher.look() == []
+    (inbox / "a.png").write_bytes(picture(2))
+    watcher.look()
+    (again,) = watcher.look()
+    assert (again["path"], "top" in again) == ("a.png", True)
+
+
+def test_a_restart_answers_nothing_twice_and_what_a_kill_cut_off_again(inbox, chain):
+    for i in range(3):
+        (inbox / f"{i}.png").write_bytes(picture(i))
+    first = Watcher(Source(chain.artifact(0), "cpu"), inbox)
+    first.look(), first.look()
+    raw = (inbox / PREDICTIONS).read_bytes()
+    (inbox / PREDICTIONS).write_bytes(raw[:-10])
+    second = Watcher(Source(chain.artifact(0), "cpu"), inbox)
+    second.look()
+    assert paths(second.look()) == ["2.png"]
+    assert (inbox / PREDICTIONS).read_bytes() == raw
+    for foreign in ('{"by": "hand"}\n', "a list of mine", "[]\n"):
+        (inbox / PREDICTIONS).write_text(foreign)
+        with pytest.raises(RequestError) as refused:
+            Watcher(Source(chain.artifact(0), "cpu"), inbox)
+        assert refused.value.kind == "bad_predictions"
+        assert (inbox / PREDICTIONS).read_text() == foreign
+
+
+def test_the_next_batch_after_a_package_is_the_new_model_s(inbox, device, chain):
+    watcher = Watcher(Source(device, "cpu"), inbox, top=9, batch_size=1)
+    (inbox / "a.png").write_bytes(picture())
+    watcher.look()
+    assert watcher.look()[0]["sequence"] == 0
+    apply(chain.patch(1), device)
+    (inbox / "b.png").write_bytes(picture())
+    watcher.look()
+    (entry,) = watcher.look()
+    assert entry["sequence"] == 1
+    assert not {t["class"] for t in entry["top"]} & {"ant", "forgotten-0"}
+    (device / "state.json").write_text("{}")
+    (inbox / "c.png").write_bytes(picture())
+    watcher.look()
+    with pytest.raises(SafetyError):
+        watcher.look()
+
+
+def test_folders_that_cannot_be_watched(inbox, tmp_path, chain):
+    with pytest.raises(RequestError, match="no folder"):
+        Watcher(Source(chain.artifact(0), "cpu"), tmp_path / "none")
+    with pytest.raises(RequestError, match="not a device folder"):
+        Source(inbox)
+
+
+def test_the_command_ends_on_ctrl_c(inbox, device):
+    (inbox / "a.png").write_bytes(picture())
+    command = [
+        sys.executable,
+        "-m",
+        "gsforget",
+        "infer",
+        str(device),
+        "--watch",
+        str(inbox),
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 20
+        while not lines(inbox) and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert json.loads(out)["error"]["kind"] == "interrupted", "one document, as of every command"
+    assert paths(lines(inbox)) == ["a.png"]
+    assert "a.png" in err
+
+
+@pytest.mark.parametrize("more", [[], ["image.png", "--watch", "folder"]])
+def test_images_or_a_folder(device, more, capsys):
+    from gsforget.__main__ import main
+
+    assert main(["infer", str(device), *more, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "no_images"
