@@ -76,6 +76,7 @@ def forget(
     """
     import torch
 
+    from gsforget.export.device.keys import own_signing_key
     from gsforget.runs import check_out, check_writable
 
     started = time.perf_counter()
@@ -85,8 +86,9 @@ def forget(
         check_out(out)
     elif runs is not None:
         check_writable(runs.absolute())
+    own_signing_key()  # one that cannot be used is refused before any work, and so is a broken chain
     if source.folder:
-        ledger.parent_lines(source.folder)  # refuses a broken chain before any work
+        ledger.parent_lines(source.folder)
     target = resolve_target(request, source.names, source.erased, data, source.erased_images)
     if target.rows is not None:
         check_sample_mode(request)

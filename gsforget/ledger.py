@@ -7,10 +7,11 @@ signature where a key exists.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gsforget.canonical import FIRST, canonical, line_sha256
 from gsforget.canonical import read_lines as read_chained
@@ -18,13 +19,19 @@ from gsforget.errors import RequestError, SafetyError
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256
 from gsforget.purged import day, find_purged
 
+if TYPE_CHECKING:
+    from gsforget.export.device.keys import PublicKey, SigningKey
+
 LEDGER = "ledger.jsonl"
 FIELDS = ("base", "classes", "config", "delta", "method", "metrics", "model", "request", "time", "verdict")
+SIGNED = b"gsforget ledger 1\n"  # comes before what is signed, so that no signature holds for anything else
 HINT = "Restore the run folder from a backup; do not deploy this model."
 
 
-def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
+def append(parent_lines: list[str], entry: dict[str, Any], key: SigningKey | None = None) -> list[str]:
     """The parent's lines and one more; ``sequence``, ``previous`` and ``time`` (UTC, to the second) are filled in.
+
+    With a key, ``key_id`` and ``signature`` are filled in as well; see `check_signatures`.
 
     Args:
         parent_lines: the ledger of the model that the erasure started from; empty for an original model.
@@ -46,6 +53,9 @@ def append(parent_lines: list[str], entry: dict[str, Any]) -> list[str]:
     lacking = [f for f in FIELDS if f not in filled]
     if lacking:
         raise ValueError(f"the ledger entry lacks {', '.join(lacking)}")
+    if key is not None:
+        filled["key_id"] = key.key_id
+        filled["signature"] = key.sign(_signed(filled)).hex()
     lines = [*parent_lines, canonical(filled)]
     parse(lines)
     return lines
@@ -98,6 +108,47 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
+def _signed(entry: Mapping[str, Any]) -> bytes:
+    """What the signature of a line covers: all of it but the signature."""
+    return SIGNED + canonical({k: v for k, v in entry.items() if k != "signature"}).encode()
+
+
+def check_signatures(entries: Sequence[Mapping[str, Any]], keys: Sequence[PublicKey], all_of_them: bool) -> Check:
+    """Whether lines are signed, and by whom.
+
+    Args:
+        entries: of a ledger whose chain is whole.
+        keys: signing keys that are trusted.
+        all_of_them: whether a line that is not signed by one of these fails; else it is not checked.
+    """
+    known, unsure = {key.key_id: key for key in keys}, []
+    for number, entry in enumerate(entries, 1):
+        named, signature = entry.get("key_id"), entry.get("signature")
+        if named is None and signature is None:
+            unsure.append(f"line {number} of {LEDGER} is not signed")
+        elif named not in known:
+            unsure.append(f"line {number} of {LEDGER} is signed by key {named}, which is not known here")
+        elif not _holds(known[named], signature, entry):
+            return Check("signature", "fail", f"the signature of line {number} of {LEDGER} does not hold")
+    if not unsure:
+        return Check("signature", "pass", f"all {len(entries)} line(s) are signed by a key that is trusted here")
+    return Check("signature", "fail" if all_of_them else "not checked", unsure[-1])
+
+
+def _own_keys() -> list[PublicKey]:
+    from gsforget.export.device.keys import own_public_key
+
+    own = own_public_key()
+    return [own] if own else []
+
+
+def _holds(key: PublicKey, signature: Any, entry: Mapping[str, Any]) -> bool:
+    try:
+        return key.verify(bytes.fromhex(signature), _signed(entry))
+    except (TypeError, ValueError):
+        return False
+
+
 def forgotten_names(entries: list[dict[str, Any]]) -> dict[int, str]:
     """Every class erased so far: index to the name it had."""
     return {int(c["index"]): str(c["name"]) for entry in entries for c in entry["classes"]}
@@ -145,8 +196,12 @@ def _no_ledger(folder: Path) -> RequestError:
     return RequestError(message, "Name a run folder such as runs/forget-0001.", "no_ledger")
 
 
-def inspect(run_folder: Path) -> Report:
+def inspect(run_folder: Path, keys: Sequence[PublicKey] = ()) -> Report:
     """Check a run folder against its ledger, and its artifacts against their sidecars; failures are reported, not raised.
+
+    Args:
+        keys: signing keys of which one must have signed each line.  Without, this workstation's own key is taken, where
+            it has one, and lines that it did not sign are not checked.
 
     Raises RequestError ``no_model`` or ``no_ledger`` where there is nothing to check.
     """
@@ -170,6 +225,7 @@ def inspect(run_folder: Path) -> Report:
     return Report(
         [
             chain,
+            check_signatures(entries, keys or _own_keys(), bool(keys)),
             *(_check_file(field, run_folder, name, last[field], len(entries)) for field, name in files),
             _check_forgotten(config, entries, read_object(run_folder / "request.json")),
             *_check_metrics(read_object(run_folder / "metrics.json"), entries),

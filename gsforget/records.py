@@ -233,6 +233,7 @@ def _write_delta(path: Path, e: Evidence) -> None:
 
 def _write_ledger(folder: Path, e: Evidence) -> None:
     from gsforget import ledger
+    from gsforget.export.device.keys import own_signing_key
 
     lines = ledger.parent_lines(e.source.folder) if e.source.folder else []
     summary = e.summary()
@@ -249,7 +250,7 @@ def _write_ledger(folder: Path, e: Evidence) -> None:
         "verdict": "pass",
         "metrics": {k: summary[k] for k in ("forget_acc_after", "retain_acc_after", "old_acc_after")},
     }
-    write_file(folder / "ledger.jsonl", "".join(f"{line}\n" for line in ledger.append(lines, entry)))
+    write_file(folder / "ledger.jsonl", "".join(f"{line}\n" for line in ledger.append(lines, entry, own_signing_key())))
 
 
 def _plot(path: Path, e: Evidence) -> None:

@@ -6,12 +6,14 @@ import pytest
 
 from gsforget import ledger
 from gsforget.__main__ import main
+from gsforget.export.device.keys import read_signing_key
 from gsforget.folder import ModelConfig, sha256
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))  # no key of whoever runs the tests
     folder = tmp_path / "runs" / "forget-0001"
     (folder / "artifacts").mkdir(parents=True)
     config = ModelConfig("vit_tiny", {}, ["a", "b", "c"], (3, 8, 8), (0.5,), (0.5,)).erase([1])
@@ -52,7 +54,20 @@ def test_a_whole_run(run, capsys):
     assert main(["verify", str(run), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "pass"
-    assert {c["verdict"] for c in document["checks"]} == {"pass"}
+    assert {c["verdict"] for c in document["checks"] if c["name"] != "signature"} == {"pass"}
+
+
+def test_a_key_is_asked_for_by_name(run, tmp_path, capsys):
+    assert main(["keys", "new", "--out", str(tmp_path / "keys")]) == 0
+    public = str(tmp_path / "keys" / "signing.pub.json")
+    assert main(["verify", str(run), "--key", public]) == 4  # no line is signed
+    assert "line 1 of ledger.jsonl is not signed" in capsys.readouterr().err
+    entry = json.loads((run / "ledger.jsonl").read_text())
+    fields = {k: v for k, v in entry.items() if k not in ("sequence", "previous")}
+    (line,) = ledger.append([], fields, read_signing_key(tmp_path / "keys" / "signing.key"))
+    (run / "ledger.jsonl").write_text(line + "\n")
+    assert main(["verify", str(run), "--key", public]) == 0
+    assert "signed by a key that is trusted here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "artifacts/model.onnx", "ledger.jsonl"])

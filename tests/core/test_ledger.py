@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gsforget import ledger
 from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.keys import ENVIRONMENT, SigningKey, new_keys, own_signing_key, read_public_key
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, sha256, write_file
 
 CONFIG_0 = ModelConfig("vit_tiny", {}, ["cat", "dog", "cow", "ant"], (3, 8, 8), (0.5,), (0.5,))
@@ -57,7 +59,8 @@ def write_run(folder: Path, parent: Path | None, index: int) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))  # no key of whoever runs the tests
     return write_run(tmp_path / "second", write_run(tmp_path / "first", None, 3), 1)
 
 
@@ -144,8 +147,8 @@ def test_a_cut_file_is_found(tmp_path):
 def test_a_sound_run_passes(run):
     report = ledger.verify(run)
     assert report.passed
-    assert [c.name for c in report.checks] == ["chain", "model", "config", "delta", "request", "forgotten"]
-    assert {c.verdict for c in report.checks} == {"pass"}
+    assert [c.name for c in report.checks] == ["chain", "signature", "model", "config", "delta", "request", "forgotten"]
+    assert {c.verdict for c in report.checks if c.name != "signature"} == {"pass"}
     assert ledger.parent_lines(run) == ledger.read_lines(run / "ledger.jsonl")
 
 
@@ -246,3 +249,64 @@ def test_artifacts_are_hashed_against_their_sidecars(run):
     }
     with pytest.raises(SafetyError, match=r"bad\.onnx"):
         ledger.verify(run)
+
+
+def signing_key() -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.generate())
+
+
+def signed_chain(*keys: SigningKey | None) -> list[dict]:
+    lines: list[str] = []
+    for i, key in enumerate(keys):
+        lines = ledger.append(lines, entry(i), key)
+    return ledger.parse(lines)
+
+
+def test_signed_lines_hold_for_the_key_that_signed_them():
+    ours, theirs = signing_key(), signing_key()
+    entries = signed_chain(ours, ours)
+    assert ledger.check_signatures(entries, [ours.public], True).verdict == "pass"
+    assert ledger.check_signatures(entries, [theirs.public, ours.public], True).verdict == "pass"
+    for entire, verdict in ((True, "fail"), (False, "not checked")):
+        found = ledger.check_signatures(entries, [theirs.public], entire)
+        assert found.verdict == verdict
+        assert ours.key_id in found.detail
+        bare = ledger.check_signatures(signed_chain(ours, None), [ours.public], entire)
+        assert (bare.verdict, bare.detail) == (verdict, "line 2 of ledger.jsonl is not signed")
+
+
+@given(
+    st.sampled_from(["time", "method", "verdict", "classes", "metrics", "signature", "key_id", "sequence"]),
+    st.booleans(),
+)
+def test_a_signed_line_that_was_changed_is_found(field, entire):
+    key = signing_key()
+    (line,) = signed_chain(key)
+    other = {"classes": [{"index": 3, "name": "ant"}], "metrics": {}, "sequence": 2, "key_id": key.key_id}
+    changed = {**line, field: other.get(field, "00")}
+    if field == "key_id":
+        changed["signature"] = "00" * 64
+    assert ledger.check_signatures([changed], [key.public], entire).verdict == "fail"
+
+
+def test_a_workstation_with_a_key_signs_and_checks_its_own_lines(tmp_path, run, monkeypatch):
+    private, public = new_keys(tmp_path / "keys")
+    monkeypatch.setenv(ENVIRONMENT, str(private))
+    assert own_signing_key().public == read_public_key(public)
+    found = {c.name: c for c in ledger.inspect(run).checks}
+    assert found["signature"].verdict == "not checked"  # the run is older than the key
+    lines = ledger.read_lines(run / "ledger.jsonl")
+    last = {k: v for k, v in ledger.parse(lines)[-1].items() if k not in ("sequence", "previous", "time")}
+    again = ledger.append(lines[:-1], last, own_signing_key())
+    write_file(run / "ledger.jsonl", "".join(f"{line}\n" for line in again))
+    if len(again) == 1:
+        assert {c.name: c.verdict for c in ledger.inspect(run).checks}["signature"] == "pass"
+    forged = json.loads(again[-1])
+    forged["method"] = "retrain"
+    write_file(run / "ledger.jsonl", "".join(f"{line}\n" for line in (*again[:-1], canonical(forged))))
+    with pytest.raises(SafetyError, match="signature of line"):
+        ledger.verify(run)
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "absent"))
+    with pytest.raises(RequestError) as caught:
+        own_signing_key()
+    assert caught.value.kind == "no_key"

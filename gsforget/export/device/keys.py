@@ -189,6 +189,21 @@ def find_signing_key(given: Path | None = None) -> SigningKey:
     return read_signing_key(path)
 
 
+def own_signing_key() -> SigningKey | None:
+    """The signing key of this workstation; None where it has none.
+
+    Raises as ``find_signing_key`` does where $GSFORGET_KEY names a file that is not there, or a key cannot be used.
+    """
+    path = signing_key_path()
+    return find_signing_key() if path.is_file() or os.environ.get(ENVIRONMENT) else None
+
+
+def own_public_key() -> PublicKey | None:
+    """The public half of this workstation's signing key, from the file beside it; None where there is none."""
+    path = signing_key_path().with_name(FILES[SIGNING][1])
+    return read_public_key(path) if path.is_file() else None
+
+
 def read_signing_key(path: Path) -> SigningKey:
     """A signing key from its PEM file.
 
