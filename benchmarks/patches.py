@@ -49,7 +49,9 @@ BLOCKS = ("all", "half")
 RANK = 8
 REPEATS = 3
 IMAGES = 4  # on which parity is checked here: no figure of it is reported
-STRENGTH = 0.1  # norm of a change, as a share of its weight's: untrained answers must change as those of an erasure do
+# Norm of a change, as a share of its weight's: so large that the answers of an untrained model change as those of a trained one
+# do by an erasure, more than rounding changes them.
+STRENGTH = {"fp32": 0.1, "fp16": 0.1, "bf16": 0.3}
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
@@ -89,7 +91,7 @@ def make_original(name: str, folder: Path) -> None:
     save_model(model.state_dict(), config, folder)
 
 
-def make_run(original: Path, folder: Path, blocks: str) -> None:
+def make_run(original: Path, folder: Path, blocks: str, strength: float) -> None:
     state, config = read_weights(original / "model.safetensors", as_saved=True), read_config(original).erase([7])
     names = sorted((n for n in state if n.endswith((".mlp.fc1.weight", ".mlp.fc2.weight"))), key=position)
     names = names[len(names) // 2 :] if blocks == "half" else names
@@ -97,7 +99,7 @@ def make_run(original: Path, folder: Path, blocks: str) -> None:
     for name in names:
         rows, columns = state[name].shape
         a, b = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
-        b *= STRENGTH * state[name].norm() / (b @ a).norm()
+        b *= strength * state[name].norm() / (b @ a).norm()
         delta[name] = to_grid(a, b)
         state[name] = merge(state[name], delta[name])
     folder.mkdir(parents=True)
@@ -119,7 +121,7 @@ def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
     if not is_model_folder(original):
         make_original(name, original)
     if not is_model_folder(run):
-        make_run(original, run, blocks)
+        make_run(original, run, blocks, STRENGTH[precision])
     key = Path("keys/signing.key")
     if not key.exists():
         new_keys(key.parent)
