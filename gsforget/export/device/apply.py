@@ -368,7 +368,8 @@ def _empty(root: Path) -> RequestError:
 
 def _rollback(path: Path, sequence: int, reached: int) -> SafetyError:
     return SafetyError(
-        f"{path} has sequence {sequence}, and this device has reached {reached}: it would bring back what was erased.",
+        f"{path} has sequence {sequence}, and this device has reached {reached}: "
+        + ("it has been applied already." if sequence == reached else "it would bring back what was erased."),
         "Ask for the newest package.",
         "rollback",
     )
