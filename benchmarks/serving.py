@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from forget_demo import ROOT, Store
-from patches import RANK, STRENGTH, make_original, position
+from patches import RANK, make_original, position
 from PIL import Image
 from safetensors.torch import save
 
@@ -46,6 +46,7 @@ from gsforget.lora.grid import merge, to_grid
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 SWAPS, REQUESTS, CLIENTS, PRECISION = 20, 1000, 8, "fp32"
 EVERY = 40  # answers between two swaps
+STRENGTH = 0.03  # norm of a change, as a share of its weight's
 SIDES = {"demo": 28, "vit_small": 224}
 PATIENCE = 120.0  # seconds for an answer, or for a server to start
 parity.SYNTHETIC = 4  # images that each export of the chain is compared on; nothing here depends on them
