@@ -28,7 +28,7 @@ APART = 4.0  # tolerances
 SHARES = {"fp32": (2e-3, 1e-4), "fp16": (1e-2, 2e-3), "bf16": (5e-2, 1e-2), "int8": (1e-2, 2e-3)}
 NOISE = 3.0  # the tolerance is at least so many times what rounding changes in this model
 LEAST = 1e-5  # logits
-DIGITS = {"fp32": 6, "fp16": 4, "bf16": 4, "int8": 4}  # significant, of stored logits: far finer than the tolerances
+DIGITS = 6  # significant, of stored logits
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_answers(
         )
     best = sorted(far or near, key=lambda s: (s.changed, s.distance), reverse=True)[:TESTS]
     tolerance = min(wide, min(s.distance for s in best) / APART)
-    return KnownAnswers(_short(tolerance, 6), tuple(_answer(s, precision) for s in sorted(best, key=lambda s: s.seed)))
+    return KnownAnswers(_short(tolerance), tuple(_answer(s) for s in sorted(best, key=lambda s: s.seed)))
 
 
 def only_new(new: Predicts, exact: Predicts, shape: tuple[int, int, int], precision: str) -> KnownAnswers:
@@ -85,8 +85,8 @@ def only_new(new: Predicts, exact: Predicts, shape: tuple[int, int, int], precis
     images = [noise(seed, BATCH, shape) for seed in range(TESTS)]
     logits = [new.predict(batch) for batch in images]
     limits = [_tolerances(now, exact.predict(b), precision)[0] for now, b in zip(logits, images, strict=True)]
-    tests = tuple(_answer(_Seen(seed, now, 0.0, False), precision) for seed, now in enumerate(logits))
-    return KnownAnswers(_short(max(limits), 6), tests)
+    tests = tuple(_answer(_Seen(seed, now, 0.0, False)) for seed, now in enumerate(logits))
+    return KnownAnswers(_short(max(limits)), tests)
 
 
 def _tolerances(logits: np.ndarray, exact: np.ndarray, precision: str) -> tuple[float, float]:
@@ -96,11 +96,11 @@ def _tolerances(logits: np.ndarray, exact: np.ndarray, precision: str) -> tuple[
     return max(wide, least), max(narrow, least)
 
 
-def _answer(seen: _Seen, precision: str) -> KnownAnswer:
-    rows = tuple(tuple(_short(float(v), DIGITS[precision]) for v in row) for row in seen.new)
-    return KnownAnswer(seen.seed, BATCH, rows, _short(seen.distance, 6))
+def _answer(seen: _Seen) -> KnownAnswer:
+    rows = tuple(tuple(_short(float(v)) for v in row) for row in seen.new)
+    return KnownAnswer(seen.seed, BATCH, rows, _short(seen.distance))
 
 
-def _short(value: float, digits: int) -> float:
-    """So many significant digits: in a third to half of the bytes."""
-    return float(f"{value:.{digits}g}")
+def _short(value: float) -> float:
+    """Six significant digits: a thousandth of any tolerance, in half the bytes."""
+    return float(f"{value:.{DIGITS}g}")
