@@ -1,7 +1,7 @@
 """What a request learns from and decides by: the images that are there, and what stands for those that are not.
 
-- A class with a handful of images gets `views` of them, so that forgetting carries over to other images of the class and
-  keeping does.
+- A class with a handful of images, three at least, gets `views` of them, so that forgetting carries over to other images
+  of the class, and keeping does.
 - A retained class without images gets `stand_ins`, and views of them; then the other retained images get a view each as
   well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
 - Retained validation images are replaced by a mild view each: the images themselves the model remembers, and so their
@@ -20,7 +20,7 @@ from gsforget.data import split_validation
 from gsforget.stand_ins import stand_ins
 from gsforget.views import Images, Joined, Views
 
-FEW, FILL = 16, 32  # a class with fewer images gets views, until there are so many
+FEW, FILL = 16, 32  # a class with fewer images to learn from gets views, until there are so many
 BESIDE = 3  # views of each stand-in, and of each retained image beside them
 MOST = 12_000  # views of a kind, in all
 MILD = 0.5  # strength of the views that validation looks at
@@ -81,9 +81,11 @@ def gather(
     gone = torch.tensor([*forget, *erased], dtype=torch.int64)
     usable = learn[~torch.isin(images.labels[learn], torch.tensor(erased, dtype=torch.int64))]
     kept = usable[~torch.isin(images.labels[usable], gone)]
-    shown: list[Images] = [
-        Views(images, _some(usable.repeat_interleave(_lacking_views(images.labels[usable])), rng), rng)
-    ]
+    judged_by = torch.isin(images.labels[usable], images.labels[val])
+    few = torch.where(
+        judged_by, _lacking_views(images.labels[usable]), 0
+    )  # of one image alone, views kept its class from being forgotten
+    shown: list[Images] = [Views(images, _some(usable.repeat_interleave(few), rng), rng)]
     instead: list[Images] = []
     if lacking and len(kept):
         made = stand_ins(model, images, kept, lacking, gone.tolist(), rng)

@@ -68,7 +68,7 @@ def test_a_handful_is_filled_up_with_views_on_both_sides():
     assert found[1] >= FILL
     assert found[2] == 3  # of classes forgotten earlier there are no views
     assert found[3] == 32
-    assert found[4] >= FILL
+    assert found[4] == 2  # too few for validation to judge by
     assert per_class(m, m.val) == [1, 1, 1, 8, 0]
     assert torch.equal(m.known, m.train)
     assert m.kept == 3 + 32 + 2  # an epoch goes by what is there
