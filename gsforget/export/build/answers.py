@@ -5,6 +5,7 @@ Pictures of what was erased never leave the workstation; seeds do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,6 @@ APART = 4.0  # tolerances
 SHARES = {"fp32": (2e-3, 1e-4), "fp16": (1e-2, 2e-3), "bf16": (5e-2, 1e-2), "int8": (1e-2, 2e-3)}
 NOISE = 3.0  # the tolerance is at least so many times what rounding changes in this model
 LEAST = 1e-5  # logits
-DIGITS = 6  # significant, of stored logits
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def find_answers(
             "no_known_answers",
         )
     best = sorted(far or near, key=lambda s: (s.changed, s.distance), reverse=True)[:TESTS]
-    tolerance = min(wide, min(s.distance for s in best) / APART)
-    return KnownAnswers(_short(tolerance), tuple(_answer(s) for s in sorted(best, key=lambda s: s.seed)))
+    tolerance = _short(min(wide, min(s.distance for s in best) / APART))
+    return KnownAnswers(tolerance, tuple(_answer(s, tolerance) for s in sorted(best, key=lambda s: s.seed)))
 
 
 def only_new(new: Predicts, exact: Predicts, shape: tuple[int, int, int], precision: str) -> KnownAnswers:
@@ -85,8 +85,9 @@ def only_new(new: Predicts, exact: Predicts, shape: tuple[int, int, int], precis
     images = [noise(seed, BATCH, shape) for seed in range(TESTS)]
     logits = [new.predict(batch) for batch in images]
     limits = [_tolerances(now, exact.predict(b), precision)[0] for now, b in zip(logits, images, strict=True)]
-    tests = tuple(_answer(_Seen(seed, now, 0.0, False)) for seed, now in enumerate(logits))
-    return KnownAnswers(_short(max(limits)), tests)
+    tolerance = _short(max(limits))
+    tests = tuple(_answer(_Seen(seed, now, 0.0, False), tolerance) for seed, now in enumerate(logits))
+    return KnownAnswers(tolerance, tests)
 
 
 def _tolerances(logits: np.ndarray, exact: np.ndarray, precision: str) -> tuple[float, float]:
@@ -96,11 +97,13 @@ def _tolerances(logits: np.ndarray, exact: np.ndarray, precision: str) -> tuple[
     return max(wide, least), max(narrow, least)
 
 
-def _answer(seen: _Seen) -> KnownAnswer:
-    rows = tuple(tuple(_short(float(v)) for v in row) for row in seen.new)
+def _answer(seen: _Seen, tolerance: float) -> KnownAnswer:
+    """The logits with as many decimals as a hundredth of the tolerance needs: most of a manifest is made of them."""
+    decimals = math.ceil(-math.log10(tolerance / 100))
+    rows = tuple(tuple(round(float(v), decimals) for v in row) for row in seen.new)
     return KnownAnswer(seen.seed, BATCH, rows, _short(seen.distance))
 
 
 def _short(value: float) -> float:
-    """Six significant digits: a thousandth of any tolerance, in half the bytes."""
-    return float(f"{value:.{DIGITS}g}")
+    """Three significant digits."""
+    return float(f"{value:.3g}")
