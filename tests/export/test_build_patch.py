@@ -85,7 +85,7 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16", "bf16"])
 def test_patches_in_order_give_the_bytes_of_fresh_exports(copied, tmp_path, precision):
     engine = {"trt": True, "backend": "rtx", "targets": ("sm86", "sm89"), "batch": (1, 2, 4)} if HAS_RTX else {}
     export_model(copied.original, onnx=True, precision=precision, **engine)
