@@ -21,7 +21,7 @@ def demo(
     device: DeviceOption = Device.auto,
     json: JsonOption = False,
 ) -> None:
-    """Forget classes of Fashion-MNIST with a small ViT: forget, export and infer in under a minute, no GPU needed."""
+    """Forget classes of Fashion-MNIST with a small ViT: forget, export and infer in a minute or two, no GPU needed."""
     from gsforget import export_model, forget
     from gsforget.cli.forget import show
     from gsforget.cli.progress import ForgetProgress

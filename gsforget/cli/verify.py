@@ -15,7 +15,9 @@ def verify(
     run: Annotated[Path | None, typer.Argument(help="Run folder; default: the newest under runs/.")] = None,
     key: Annotated[
         list[Path] | None,
-        typer.Option("--key", metavar="FILE", help="signing.pub.json that must have signed each line; may be repeated."),
+        typer.Option(
+            "--key", metavar="FILE", help="signing.pub.json that must have signed each line; may be repeated."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
