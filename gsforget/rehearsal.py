@@ -75,7 +75,8 @@ def weights_from(model: nn.Module, first: str, example: Tensor) -> list[nn.Param
     finally:
         for handle in handles:
             handle.remove()
-    found = {p: None for m in called for p in m.parameters(recurse=False) if p.is_floating_point()}
+    # With all that lies inside: a module that is computed as a whole does not call its parts.
+    found = {p: None for m in called for p in m.parameters() if p.is_floating_point()}
     return list(found)
 
 

@@ -34,6 +34,7 @@ from gsforget.features import FeatureTap, find_classifier
 from gsforget.gates import paired_drop
 from gsforget.kernels.group_prox import proximal_adam_step
 from gsforget.lora.blocks import as_logits, find_feed_forward
+from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
 from gsforget.prefix import PrefixReuse
@@ -133,7 +134,9 @@ class Loop:
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.classifier = find_classifier(model, self.probe[:2]) if task.looks_at_features else None
-        self.groups = LoRAGroups(model, find_feed_forward(model, self.probe[:2]), settings.rank, settings.seed)
+        networks = find_feed_forward(model, self.probe[:2])
+        forms = find_forms(model, networks, self.probe[:2])
+        self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.lengths = self.groups.lengths.to(self.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
@@ -187,7 +190,7 @@ class Loop:
         per_epoch = -(-self.material.kept // max(1, self.batch_retain))
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
-        weights = weights_from(self.model, self._first_layer(), self.probe[:2]) if self.objective.duel else []
+        weights = weights_from(self.model, self._first_module(), self.probe[:2]) if self.objective.duel else []
         self.rehearsal = Rehearsal(weights, s.seed)
         if not len(self.val):
             fixed = control.STAGES_UNSEEN if s.epochs is None else 1
@@ -278,10 +281,9 @@ class Loop:
         read = [[p.module.in_features for p in self.groups.pairs if p.group == g] for g in range(len(self.groups))]
         return max(min(features) for features in read)
 
-    def _first_layer(self) -> str:
-        """Name of the first linear layer that still trains."""
-        alive = self._alive()
-        return next(pair.name for pair in self.groups.pairs if pair.group == alive[0])
+    def _first_module(self) -> str:
+        """Name of the first module that the model calls and that still trains."""
+        return self.groups.entry(self._alive()[0])
 
     def _plan_reuse(self) -> None:
         alive = self._alive()
@@ -290,7 +292,7 @@ class Loop:
         count = len(self.labels)
         budget = self.settings.cache_bytes
         budget = _free_memory(self.device) / 4 if budget is None else budget
-        self.reuse = PrefixReuse.plan(self.model, self._first_layer(), self.probe, count, budget)
+        self.reuse = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, budget)
         if self.reuse:
             self.reuse.fill(count, self._images, EVAL_BATCH)
 

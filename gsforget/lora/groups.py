@@ -3,8 +3,9 @@
 For a linear layer with weight W [out, in] the adapted layer computes W x + B A x (Hu et al., 2021, eq. 3, with scale 1),
 A [rank, in], B [out, rank].  The group of GS-LoRA (arXiv 2403.11530, section 3.3) is the set of all pairs of one block's
 feed-forward network.  Factors of all groups lie one after another in one 1-D float32 buffer, so that an optimiser or
-proximal step is one pass over the buffer with a table of group offsets.  The model itself is not rebuilt: a pair adds its
-term through a forward hook, and a group that is not active has no hook at all.
+proximal step is one pass over the buffer with a table of group offsets.  The model itself is not rebuilt: where a
+network has a known form (see `forms`) one fused function takes the place of its forward, elsewhere each pair adds its
+term through a forward hook, and a group that is not active has neither.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gsforget.kernels.lora_ffn import Layer, lora_ffn
+from gsforget.lora.forms import Form, half_of
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -55,9 +59,17 @@ class LoRAGroups:
         active: bool [G].
     """
 
-    def __init__(self, model: nn.Module, blocks: list[FeedForward], rank: int, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[FeedForward],
+        rank: int,
+        seed: int,
+        forms: Sequence[Form | None] = (),
+    ):
         """Attach LoRA to every linear layer of the given feed-forward networks; logits stay as they are (B = 0).
 
+        forms: how each network is put together, from `find_forms`; nothing, or None for a network: its own forward.
         A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (loralib's initialisation) on the CPU, the same on every device.
         A rank above a layer's smaller side is cut to it.
         """
@@ -76,6 +88,8 @@ class LoRAGroups:
         self.grad = torch.zeros_like(self.flat)
         generator = torch.Generator().manual_seed(seed)
         self.pairs: list[LoRAPair] = []
+        self.forms = list(forms) or [None] * len(blocks)
+        self._modules = modules
         self._hooks: dict[str, RemovableHandle] = {}
         position = 0
         for group, members in enumerate(shapes):
@@ -102,16 +116,32 @@ class LoRAGroups:
         return [g for g, alive in enumerate(self.active.tolist()) if alive]
 
     def attach(self) -> None:
-        """Put hooks on the layers of active groups and take them off all others."""
+        """Let active groups take part in the model's forward, and no others."""
         alive = self.active.tolist()
+        for group, form in enumerate(self.forms):
+            if form is not None:
+                module = self._modules[form.module]
+                module.__dict__.pop("forward", None)
+                if alive[group]:
+                    module.forward = _fused(form, {p.name: p for p in self.pairs if p.group == group})
         for pair in self.pairs:
+            if self.forms[pair.group] is not None:
+                continue
             if alive[pair.group] and pair.name not in self._hooks:
                 self._hooks[pair.name] = pair.module.register_forward_hook(_adder(pair))
             elif not alive[pair.group] and pair.name in self._hooks:
                 self._hooks.pop(pair.name).remove()
 
+    def entry(self, group: int) -> str:
+        """Dotted name of the first module of a group that the model calls while the group is active."""
+        form = self.forms[group]
+        return form.module if form is not None else next(p.name for p in self.pairs if p.group == group)
+
     def detach(self) -> None:
-        """Take all hooks off: the model computes what it computed before."""
+        """Take everything off: the model computes what it computed before."""
+        for form in self.forms:
+            if form is not None:
+                self._modules[form.module].__dict__.pop("forward", None)
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -139,6 +169,25 @@ class LoRAGroups:
 def _sides(module: nn.Module, rank: int) -> tuple[int, int, int]:
     assert isinstance(module, nn.Linear)
     return min(rank, module.in_features, module.out_features), module.in_features, module.out_features
+
+
+def _fused(form: Form, pairs: dict[str, LoRAPair]):
+    """A forward that computes a whole network with its pairs."""
+
+    def layer(name: str, half: int | None = None) -> Layer:
+        pair = pairs[name]
+        bias = pair.module.bias
+        return Layer(
+            half_of(pair.module.weight, half),
+            None if bias is None else half_of(bias, half),
+            pair.a,
+            half_of(pair.b, half),
+        )
+
+    def forward(x: Tensor) -> Tensor:
+        return lora_ffn(x, [layer(*first) for first in form.firsts], layer(form.last), form.activation)
+
+    return forward
 
 
 def _adder(pair: LoRAPair):

@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from gsforget.lora.blocks import as_logits, find_feed_forward
+from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
 
 
-def attach(zoo, name: str, rank: int = 3, seed: int = 0):
+@pytest.fixture(params=[False, True], ids=["layers", "whole"])
+def fused(request) -> bool:
+    """Whether networks of a known form are computed as a whole."""
+    return request.param
+
+
+def attach(zoo, name: str, rank: int = 3, seed: int = 0, fused: bool = False):
     model = zoo.build(name).requires_grad_(False)
-    return model, LoRAGroups(model, find_feed_forward(model, zoo.images(2)), rank, seed)
+    networks = find_feed_forward(model, zoo.images(2))
+    forms = find_forms(model, networks, zoo.images(2)) if fused else ()
+    return model, LoRAGroups(model, networks, rank, seed, forms)
 
 
 def logits(model, images):
@@ -20,12 +29,11 @@ def fill(groups, scale=0.3):
     groups.flat.copy_(scale * torch.randn(len(groups.flat), generator=torch.Generator().manual_seed(7)))
 
 
-def test_logits_are_bit_identical_at_the_start(zoo, family):
-    model = zoo.build(family).requires_grad_(False)
+def test_logits_are_bit_identical_at_the_start(zoo, family, fused):
     images = zoo.images()
     with torch.no_grad():
-        before = logits(model, images)
-        groups = LoRAGroups(model, find_feed_forward(model, images[:2]), 3, 0)
+        before = logits(zoo.build(family), images)
+        model, groups = attach(zoo, family, fused=fused)
         assert torch.equal(logits(model, images), before)
         fill(groups)
         assert not torch.allclose(logits(model, images), before, atol=1e-4)
@@ -50,8 +58,8 @@ def test_the_table_covers_the_buffer(zoo, family):
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "eva02", "own"])
-def test_gradients_equal_autograd_of_merged_weights(zoo, name):
-    model, groups = attach(zoo, name)
+def test_gradients_equal_autograd_of_merged_weights(zoo, name, fused):
+    model, groups = attach(zoo, name, fused=fused)
     fill(groups)
     images, target = zoo.images(), torch.arange(6) % 5
 
@@ -73,8 +81,8 @@ def test_gradients_equal_autograd_of_merged_weights(zoo, name):
     assert once.any()
 
 
-def test_merged_weights_equal_the_adapter(zoo, family):
-    model, groups = attach(zoo, family)
+def test_merged_weights_equal_the_adapter(zoo, family, fused):
+    model, groups = attach(zoo, family, fused=fused)
     fill(groups, 0.1)
     images = zoo.images()
     with torch.no_grad():
@@ -144,3 +152,14 @@ def test_half_precision_models_are_adapted_in_their_own_type(zoo):
     model.bfloat16()
     fill(groups)
     assert logits(model, zoo.images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_only_active_groups_are_computed_as_a_whole(zoo):
+    model, groups = attach(zoo, "vit", fused=True)
+    fill(groups)
+    groups.retire([0, 2])
+    assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == [groups.blocks[1].name]
+    assert not any(m._forward_hooks for m in model.modules())
+    assert groups.entry(1) == groups.blocks[1].name
+    groups.detach()
+    assert not any("forward" in m.__dict__ for m in model.modules())

@@ -112,8 +112,8 @@ def test_inactive_groups_are_exactly_zero_and_their_blocks_run_bare(done):
     assert len(active) == default_target(3) == run.trained.chosen["target_groups"] == 1
     for group, piece in enumerate(groups.flat.split(groups.lengths.tolist())):
         assert bool(piece.any()) == (group in active)
-    hooked = {n for n, m in run.model.named_modules() if m._forward_hooks}
-    assert hooked == {n for g in active for n in groups.blocks[g].linears}
+    taking_part = {n for n, m in run.model.named_modules() if m._forward_hooks or "forward" in m.__dict__}
+    assert taking_part == {groups.entry(g) for g in active}
 
 
 def test_it_goes_deeper_while_retained_accuracy_allows_and_a_probe_names_fewer(three_blocks, monkeypatch):
@@ -171,7 +171,8 @@ def test_base_weights_are_bit_identical(done):
     run, before, _ = done
     after = run.model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
-    assert not [n for n, m in run.model.named_modules() if "forward" in m.__dict__]
+    replaced = {n for n, m in run.model.named_modules() if "forward" in m.__dict__}
+    assert replaced == {run.groups.entry(g) for g in run.groups.active_indices()}  # nothing is left of reused outputs
 
 
 def test_what_the_run_says_of_itself(done):

@@ -1,0 +1,49 @@
+"""Tile sizes of the kernels, by GPU generation and element size, chosen so that no register spills (see `specs`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """One configuration: rows, columns and depth of a tile, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def product_tile(target: int, size: int, rank: int) -> Tile:
+    """For `product_kernel`.
+
+    Args:
+        target: compute capability as an integer, such as 90; 0 for the interpreter.
+        size: bytes per element.
+        rank: as the kernels hold it, see `padded`.
+    """
+    if not target:
+        return Tile(32, 32, 16, 4, 1)
+    if target < 80 or size == 4:
+        return Tile(64, 64, 32, 4, 2)
+    return Tile(128, 128, 64, 8, 3 if target in (80, 87, 90, 100, 110) else 2)
+
+
+def pass_tile(target: int, size: int, rank: int) -> Tile:
+    """For the passes without much state: `activate_kernel` and `skinny_kernel`."""
+    if not target:
+        return Tile(16, 16, 0, 4, 1)
+    return Tile(64, 64, 0, 4, 2)
+
+
+def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
+    """For `gradient_kernel`."""
+    if not target:
+        return Tile(16, 16, 0, 4, 1)
+    return Tile(64, 64, 0, 4, 2)
+
+
+def padded(rank: int) -> int:
+    """The rank as the kernels hold it: a power of two from 16 on, which is what a matrix unit takes."""
+    return max(16, 1 << (rank - 1).bit_length())
