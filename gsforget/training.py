@@ -32,7 +32,7 @@ from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, find_classifier
 from gsforget.gates import paired_drop
-from gsforget.kernels.group_prox import proximal_adam_step
+from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
@@ -138,8 +138,7 @@ class Loop:
         forms = find_forms(model, networks, self.probe[:2])
         self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
-        self.lengths = self.groups.lengths.to(self.device)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.groups.flat), torch.zeros_like(self.groups.flat)
+        self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
         self.step, self.stages = 0, StageControl(0, 0, False)
         self.trained = Trained(self.groups, {})
 
@@ -234,18 +233,7 @@ class Loop:
             self._rehearse(duel, rows[self.forget[rows]])
         self.step += 1
         g = self.groups
-        result = proximal_adam_step(
-            g.flat,
-            g.grad,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.lengths,
-            g.weights,
-            g.active,
-            self.step,
-            lr,
-            0.0 if warm else self.control.strength,
-        )
+        result = self.adam.step(g.flat, g.grad, g.active, lr, 0.0 if warm else self.control.strength)
         self.trained.norms.append(result.norms.tolist())
         if warm:
             self.control.bound(result.critical)

@@ -26,8 +26,8 @@ class ProxStep:
     """What one step returns, per group, without synchronising.
 
     Attributes:
-        norms: float64 [G], norms of the groups after the step.
-        critical: float64 [G], the strength at which each group would have become zero in this step.
+        norms: float64 [G], norms of the groups after the step; 0 for inactive ones.
+        critical: float64 [G], the strength at which each group would have become zero in this step; 0 likewise.
     """
 
     norms: Tensor
@@ -100,9 +100,8 @@ def proximal_adam_step(
     if strength > 0:
         z = prox_group_lasso(z, d, strength * weights, lengths)
     flat.copy_(torch.where(live, z, flat.double()))
-    return ProxStep(
-        group_sum(flat.double() ** 2, lengths).sqrt(), torch.where(active, critical, torch.zeros_like(critical))
-    )
+    norms, none = group_sum(flat.double() ** 2, lengths).sqrt(), torch.zeros_like(critical)
+    return ProxStep(torch.where(active, norms, none), torch.where(active, critical, none))
 
 
 def _spread(per_group: Tensor, lengths: Tensor) -> Tensor:

@@ -25,23 +25,37 @@ def product_tile(target: int, size: int, rank: int) -> Tile:
     """
     if not target:
         return Tile(32, 32, 16, 4, 1)
-    if target < 80 or size == 4:
-        return Tile(64, 64, 32, 4, 2)
-    return Tile(128, 128, 64, 8, 3 if target in (80, 87, 90, 100, 110) else 2)
+    if target < 80:
+        return Tile(32, 32, 32, 8 if rank > 32 else 4, 2)  # Triton multiplies on the ordinary cores there
+    if size == 4:
+        return Tile(64, 64, 32, 8, 2) if rank > 32 else Tile(128, 64, 32, 8, 2)
+    return Tile(128, 128, 64, 8, 2 if target in (86, 89, 120) else 3)  # by their shared memory
 
 
 def pass_tile(target: int, size: int, rank: int) -> Tile:
     """For the passes without much state: `activate_kernel` and `skinny_kernel`."""
     if not target:
         return Tile(16, 16, 0, 4, 1)
-    return Tile(64, 64, 0, 4, 2)
+    if target < 80:
+        return Tile(32, 32, 0, 8, 1) if rank <= 32 else Tile(32, 16, 0, 8, 1)
+    if size == 4:
+        return {16: Tile(64, 64, 0, 8, 2), 32: Tile(64, 32, 0, 8, 2)}.get(rank, Tile(32, 32, 0, 8, 1))
+    return Tile(64, 64, 0, 8 if target >= 100 and rank > 32 else 4, 2)
 
 
 def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
     """For `gradient_kernel`."""
     if not target:
         return Tile(16, 16, 0, 4, 1)
-    return Tile(64, 64, 0, 4, 2)
+    if target < 80:
+        return Tile(16, 16, 0, 4, 1)
+    if size == 4:
+        return Tile(64, 32, 0, 8, 2) if rank == 32 or (rank == 16 and not gated) else Tile(32, 32, 0, 8, 1)
+    if rank == 16:
+        return Tile(64, 64, 0, 8 if gated or target >= 100 else 4, 2)
+    if target >= 120 and rank == 64 and gated:
+        return Tile(32, 32, 0, 8, 1)
+    return Tile(64, 32, 0, 4 if rank == 32 else 8, 2)
 
 
 def padded(rank: int) -> int:

@@ -1,0 +1,157 @@
+"""The proximal Adam step as one Triton launch.
+
+One idea: groups are few and long, so each one is shared by several programs that all stay on the device (a cooperative
+launch) and meet at barriers of their own.  Everything is recomputed from the old moments in every pass, which the L2
+cache holds, and only the last pass writes.  Between passes programs exchange a few sums through slots that all of them
+add in the same order: no result depends on who came first.
+"""
+
+import triton
+import triton.language as tl
+
+NEWTON = tl.constexpr(6)  # passes of Newton's method; 5 were the most that random groups needed
+PHASES = tl.constexpr(8)  # barriers of one launch: the first sums, Newton's, the norm
+
+
+@triton.jit
+def _arrive(counter, count):
+    """Tell the group's other programs that what this one has stored may be read."""
+    tl.debug_barrier()  # all threads have stored
+    tl.atomic_add(counter, count, sem="acq_rel")
+
+
+@triton.jit
+def _meet(counter, target, WAIT: tl.constexpr):
+    """Arrive, then wait until the counter has come to the target."""
+    _arrive(counter, 1)
+    if WAIT:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+        while seen < target:
+            seen = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _point(
+    flat, grad, exp_avg, exp_avg_sq, i, inside, rest1, beta2, rest2, eps, lr, bias1, bias2, EUCLIDEAN: tl.constexpr
+):
+    """New moments, Adam's candidate z and the metric d of some elements, float32."""
+    g = tl.load(grad + i, mask=inside, other=0.0)
+    m = tl.load(exp_avg + i, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq + i, mask=inside, other=0.0)
+    m += (g - m) * rest1
+    v = v * beta2 + rest2 * g * g
+    denominator = tl.sqrt(v / bias2) + eps
+    z = tl.load(flat + i, mask=inside, other=0.0) - lr * (m / bias1) / denominator
+    if EUCLIDEAN:
+        d = 1.0 / lr + 0.0 * denominator
+    else:
+        d = denominator / lr
+    return m, v, z, d
+
+
+@triton.jit
+def proximal_adam_kernel(
+    flat, grad, exp_avg, exp_avg_sq, offsets, lengths, weights, active, step, lr_at, strength_at,
+    norms, critical, slots, counters,
+    log_beta1, rest1, log_beta2, beta2, rest2, eps, store,
+    EUCLIDEAN: tl.constexpr, PROGRAMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Program (g, c) does its share of group g; see `naive.proximal_adam_step` for what is computed.
+
+    slots: float32 [PHASES, G, WIDTH, 2]; counters: int64 [G], grows by PHASES * PROGRAMS in each launch.
+    step: int64 [G], steps done so far; lr_at, strength_at: float32 scalars on the device.
+    store: 0 leaves everything but slots as it was.  WAIT: not in the interpreter, see `fused`.
+    """
+    group, chunk, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    counter = counters + group
+    if tl.load(active + group) == 0:
+        tl.atomic_add(counter, PHASES, sem="relaxed")
+        if chunk == PROGRAMS - 1:  # the last one to read `step` where programs run in order
+            tl.store(norms + group, 0.0)
+            tl.store(critical + group, 0.0)
+            if store != 0:
+                tl.store(step + group, tl.load(step + group) + 1)
+    else:
+        done = tl.load(step + group)
+        base = tl.atomic_add(counter, 0, sem="relaxed") // (PHASES * PROGRAMS) * (PHASES * PROGRAMS)
+        t = (done + 1).to(tl.float64)
+        bias1 = (1.0 - tl.exp(t * log_beta1)).to(tl.float32)
+        bias2 = (1.0 - tl.exp(t * log_beta2)).to(tl.float32)
+        lr, weight = tl.load(lr_at), tl.load(weights + group)
+        s = tl.load(strength_at) * weight
+        length = tl.load(lengths + group)
+        share = tl.cdiv(tl.cdiv(length, PROGRAMS), BLOCK) * BLOCK
+        low = chunk * share
+        high = min(low + share, length)
+        start = tl.load(offsets + group)
+        each = tl.arange(0, BLOCK)
+        who = tl.arange(0, WIDTH)
+        at = slots + group * (WIDTH * 2)
+        stride = groups * (WIDTH * 2)
+
+        squares, widest = 0.0, 0.0
+        for i in range(low, high, BLOCK):
+            here, inside = start + i + each, i + each < high
+            _, _, z, d = _point(
+                flat, grad, exp_avg, exp_avg_sq, here, inside, rest1, beta2, rest2, eps, lr, bias1, bias2, EUCLIDEAN
+            )
+            squares += tl.sum(tl.where(inside, d * z * d * z, 0.0))
+            widest = max(widest, tl.max(tl.where(inside, d, 0.0)))
+        tl.store(at + chunk * 2, squares)
+        tl.store(at + chunk * 2 + 1, widest)
+        _meet(counter, base + PROGRAMS, WAIT)
+        squares = tl.sum(tl.load(at + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
+        widest = tl.max(tl.load(at + who * 2 + 1, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
+        pull = tl.sqrt(squares)
+        dead = pull <= s  # false for NaN, which stays visible
+        theta = tl.where(dead, 1.0, (pull - s) / widest)
+
+        if dead | (s == 0.0) | EUCLIDEAN:  # the same for all programs of a group
+            _arrive(counter, NEWTON)
+        else:
+            for k in range(1, NEWTON + 1):
+                g2, g3 = 0.0, 0.0
+                for i in range(low, high, BLOCK):
+                    here, inside = start + i + each, i + each < high
+                    _, _, z, d = _point(
+                        flat, grad, exp_avg, exp_avg_sq, here, inside,
+                        rest1, beta2, rest2, eps, lr, bias1, bias2, EUCLIDEAN,
+                    )  # fmt: skip
+                    below = theta + s / d
+                    ratio = tl.where(inside, z / below, 0.0)
+                    g2 += tl.sum(ratio * ratio)
+                    g3 += tl.sum(ratio * ratio / below)
+                tl.store(at + k * stride + chunk * 2, g2)
+                tl.store(at + k * stride + chunk * 2 + 1, g3)
+                _meet(counter, base + (k + 1) * PROGRAMS, WAIT)
+                g2 = tl.sum(tl.load(at + k * stride + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
+                g3 = tl.sum(
+                    tl.load(at + k * stride + who * 2 + 1, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
+                )
+                theta += g2 / g3 * (tl.sqrt(g2) - 1.0)
+
+        squares = 0.0
+        for i in range(low, high, BLOCK):
+            here, inside = start + i + each, i + each < high
+            m, v, z, d = _point(
+                flat, grad, exp_avg, exp_avg_sq, here, inside, rest1, beta2, rest2, eps, lr, bias1, bias2, EUCLIDEAN
+            )
+            x = tl.where(dead, 0.0, tl.where(s == 0.0, z, z * (theta / (theta + s / d))))
+            squares += tl.sum(tl.where(inside, x * x, 0.0))
+            if store != 0:
+                tl.store(exp_avg + here, m, mask=inside)
+                tl.store(exp_avg_sq + here, v, mask=inside)
+                tl.store(flat + here, x, mask=inside)
+        tl.store(at + (PHASES - 1) * stride + chunk * 2, squares)
+        if chunk == PROGRAMS - 1:  # the last one to read `step` where programs run in order
+            _meet(counter, base + PHASES * PROGRAMS, WAIT)
+            squares = tl.sum(
+                tl.load(at + (PHASES - 1) * stride + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
+            )
+            tl.store(norms + group, tl.sqrt(squares))
+            tl.store(critical + group, pull / weight)
+            if store != 0:
+                tl.store(step + group, done + 1)
+        else:
+            _arrive(counter, 1)
