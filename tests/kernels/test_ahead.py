@@ -4,7 +4,6 @@ This process interprets Triton, and the compiling processes do not.
 """
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import triton
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.kernels import ahead
 from gsforget.kernels.ahead import build, targets, worker
+from gsforget.kernels.ahead.load import open_folder
 from gsforget.kernels.spec import Spec
 
 SMALL = "lora_ffn_skinny_[pq]_fp16_r16"
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 def test_the_folder_holds_the_binaries_that_its_manifest_describes(made):
     out, manifest = made
-    assert json.loads((out / ahead.FILE).read_text()) == manifest
+    assert open_folder(out, 87) == manifest
     assert {p.name for p in out.iterdir()} == {ahead.FILE, *(k["file"] for k in manifest["kernels"])}
     assert [p.name for p in out.parent.iterdir()] == ["sm_87"]  # nothing temporary is left
     assert (manifest["target"], manifest["triton"]) == (87, triton.__version__)
