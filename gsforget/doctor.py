@@ -66,6 +66,15 @@ def _torch() -> str:
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
 
 
+def _kernels() -> str:
+    """Which backend computes the kernels here, why, and which others can."""
+    import torch
+
+    from gsforget.kernels import backend
+
+    return backend.explain(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
 def _triton() -> str:
     """Version, and whether kernels can be compiled here, which takes a GPU and a driver."""
     version = importlib.metadata.version("triton")
@@ -116,6 +125,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "gsforget": lambda: __version__,
     "torch": _torch,
     "CUDA GPU": _gpus,
+    "kernels": _kernels,  # before Triton is imported, which settles whether it can interpret
     "Triton": _triton,
     "timm": _package("timm"),
     "ONNX Runtime": _onnxruntime,

@@ -25,6 +25,7 @@ COMMANDS = (
     "doctor",
     "purge",
     "keys",
+    "kernels",
 )
 
 

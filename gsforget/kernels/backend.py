@@ -45,6 +45,16 @@ def choose(device: torch.device, asked: str | None = None) -> str:
     return backend
 
 
+def explain(device: torch.device) -> str:
+    """One sentence for people: which backend a device gets, why, and which others can run.  Raises as ``choose``."""
+    backend = choose(device)
+    reason = f"{VARIABLE} asks for it" if os.environ.get(VARIABLE) else _by_device(device)[1]
+    others = [b for b in available(device) if b != backend]
+    return (
+        f"{backend} on {device.type} ({reason}); {' and '.join(others) or 'no other'} can run{' too' if others else ''}"
+    )
+
+
 def available(device: torch.device) -> list[str]:
     """The backends that can run on a device here, the one that is taken by itself first."""
     first = _by_device(device)[0]

@@ -41,6 +41,20 @@ def test_machine(capsys):
     assert {"TensorRT", "TensorRT for RTX", "Triton", "CUDA GPU"} <= set(machine)
 
 
+def test_kernel_backends_are_reported(monkeypatch, capsys):
+    monkeypatch.setenv("GSFORGET_KERNELS", "torch")
+    assert main(["doctor", "--json"]) == 0
+    machine = {f["name"]: f for f in json.loads(capsys.readouterr().out)["machine"]}
+    assert machine["kernels"]["available"] is True
+    assert "torch on" in machine["kernels"]["detail"]
+    assert "GSFORGET_KERNELS asks for it" in machine["kernels"]["detail"]
+    monkeypatch.setenv("GSFORGET_KERNELS", "cuda")
+    assert main(["doctor", "--json"]) == 0  # a finding, not a failure
+    machine = {f["name"]: f for f in json.loads(capsys.readouterr().out)["machine"]}
+    assert machine["kernels"]["available"] is False
+    assert "no kernel backend named cuda" in machine["kernels"]["detail"]
+
+
 def test_an_untrained_model_is_refused(model_and_data, capsys):
     model, data = map(str, model_and_data)
     assert main(["doctor", "--model", model, "--data", data, "--json"]) == 2

@@ -68,6 +68,15 @@ def test_what_can_run_comes_with_the_default_first():
     assert backend.available(CPU) == ["torch", "interpret"]  # conftest has put triton into its interpreter
 
 
+def test_the_choice_is_explained_in_one_line(monkeypatch):
+    assert backend.explain(CPU) == "torch on cpu (no GPU); interpret can run too"
+    monkeypatch.setenv(backend.VARIABLE, "interpret")
+    assert backend.explain(CPU) == "interpret on cpu (GSFORGET_KERNELS asks for it); torch can run too"
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(RequestError, match="it needs a CUDA GPU"):
+        backend.explain(CPU)
+
+
 def run(code: str, **env: str) -> str:
     clean = {k: v for k, v in os.environ.items() if k not in (backend.VARIABLE, "TRITON_INTERPRET")}
     done = subprocess.run([sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True)
