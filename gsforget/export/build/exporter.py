@@ -5,7 +5,6 @@ Everything is made in a temporary folder beside its place; nothing appears there
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
+from gsforget.export.device.files import check_folder
 from gsforget.folder import WEIGHTS, ModelConfig, load_model, read_config, sha256
 
 if TYPE_CHECKING:
@@ -116,18 +116,15 @@ def export_model(
     repository = _Repository.plan(triton_repo, export.info, onnx, plan, sizes)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
-    try:
-        export.write_onnx(scratch)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
+        export.write_onnx(Path(scratch))
         export.check()
         if plan is not None:
-            export.write_engine(scratch, plan, sizes)
+            export.write_engine(Path(scratch), plan, sizes)
         document = export.publish(place, onnx)
         if repository is not None:
             document["triton"] = repository.fill(export.published)
         return document
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass
@@ -329,8 +326,7 @@ def find_place(folder: Path, out: Path | None) -> Path:
             "Leave --out out: artifacts go to RUN/artifacts.",
             "bad_out",
         )
-    if place.exists() and not place.is_dir():
-        raise RequestError(f"{place} is not a folder.", "Name a folder: --out DIR.", "bad_out")
+    check_folder(place)
     return place
 
 

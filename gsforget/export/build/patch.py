@@ -6,7 +6,6 @@ result is the fresh file, byte for byte, is it published.  Where it is not, the 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,18 +124,15 @@ def export_patch(
         _check_delta(folder, before, delta)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
-    try:
-        export.write_onnx(scratch)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
+        export.write_onnx(Path(scratch))
         export.check()
-        making = _Making(export, signing, scratch, trust_code)
+        making = _Making(export, signing, Path(scratch), trust_code)
         if before is None:
             making.pack_whole([*export.made, *_own_engines(export, place)])
         else:
             making.make_patch(before, delta)
         return making.publish(place)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _Making:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from gsforget.errors import RequestError
+
 PARTIAL = ".partial"  # ends the name of a file that is being written; a dot begins it
 CHUNK = 2**22  # bytes that are copied at a time
 
@@ -57,3 +59,9 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raise RequestError ``bad_out`` where something that is no folder has the name of one that ``option`` gave."""
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path} is not a folder.", f"Name a folder: {option} DIR.", "bad_out")
