@@ -23,9 +23,10 @@ from gsforget.export.build.edits import Packer, splice
 from gsforget.export.build.exporter import open_at
 from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits, mapped
-from gsforget.export.device.keys import FleetKey, Trust, new_keys, read_fleet_key, read_public_key
+from gsforget.export.device.keys import FleetKey, new_keys, read_fleet_key, read_public_key
 from gsforget.export.device.opening import noise
 from gsforget.export.device.package import read_package, verify
+from gsforget.export.device.trust import Trust
 from gsforget.folder import sha256
 
 FC1 = "blocks.0.mlp.fc1.weight"

@@ -15,17 +15,10 @@ import numpy as np
 
 from gsforget.export.build.chain import ROUNDED
 from gsforget.export.build.locate import NotLocated, Place, find_matrix, onnx_metadata, onnx_places
+from gsforget.export.device.changes import Builder, Digest, GiveEdit, PatchedArtifact, TensorChange, TensorEdit
 from gsforget.export.device.edit import Edits, mapped, rest_sha256
 from gsforget.export.device.factors import STORED
-from gsforget.export.device.manifest import (
-    Builder,
-    Digest,
-    GiveEdit,
-    Manifest,
-    PatchedArtifact,
-    TensorChange,
-    TensorEdit,
-)
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import METADATA_KEY
 from gsforget.folder import sha256
 

@@ -27,15 +27,9 @@ from gsforget.export.build.edits import (
 from gsforget.export.build.exporter import PRECISIONS, Export, find_place, open_at
 from gsforget.export.build.locate import NotLocated
 from gsforget.export.build.previous import Previous, find_previous
+from gsforget.export.device.changes import GiveEdit, PatchedArtifact, TensorEdit
 from gsforget.export.device.keys import SigningKey, find_signing_key, read_public_key
-from gsforget.export.device.manifest import (
-    GiveEdit,
-    KnownAnswers,
-    Manifest,
-    PatchedArtifact,
-    Payload,
-    TensorEdit,
-)
+from gsforget.export.device.manifest import KnownAnswers, Manifest, Payload
 from gsforget.export.device.metadata import check_hash
 from gsforget.export.device.package import SUFFIX, plain_payload, write_package
 from gsforget.folder import WEIGHTS, sha256

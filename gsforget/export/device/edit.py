@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from gsforget.errors import SafetyError
+from gsforget.export.device.changes import GiveEdit, PatchedArtifact, TensorChange, TensorEdit
 from gsforget.export.device.factors import STORED, Factors
-from gsforget.export.device.manifest import GiveEdit, Manifest, PatchedArtifact, TensorChange, TensorEdit
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.store import REPAIR
 
 WORKERS = min(4, os.cpu_count() or 1)
