@@ -227,7 +227,8 @@ def test_refusals(copied, monkeypatch):
     assert (not_parent.kind, not_parent.hint) == ("not_parent", f"Type --from {copied.original}.")
     assert refused(RequestError, previous=copied.run).kind == "not_parent"
     assert refused(RequestError, expires=0).kind == "bad_expires"
-    assert "quantise" in refused(RequestError, precision="int8").hint
+    assert "its scales with it" in refused(RequestError, precision="int8").message
+    assert refused(RequestError, precision="fp8").kind == "bad_precision"
     assert refused(RequestError, encrypt_for=copied.public).kind == "bad_key"
     with pytest.raises(RequestError) as original:
         export_patch(copied.original, previous=copied.original, key=copied.key)

@@ -29,6 +29,7 @@ from gsforget.folder import WEIGHTS, sha256
 
 if TYPE_CHECKING:
     from gsforget.export.build.exporter import Made
+    from gsforget.export.device.infer import Predicts
     from gsforget.export.device.keys import PublicKey
     from gsforget.lora.grid import GridFactors
 
@@ -76,7 +77,7 @@ class Packages:
             export.progress(f"patching {old_path.name} and comparing it with the fresh {made.path.name}")
             try:
                 if made.kind == "onnx":
-                    edits: Sequence[TensorEdit | GiveEdit] = onnx_edits(old, new, where, packer)
+                    edits: Sequence[TensorEdit | GiveEdit] = onnx_edits(old, new, changes, where, packer)
                 else:
                     edits = engine_edits(old_path.read_bytes(), changes)
                 artifact = describe_artifact(made, old_path, edits)
@@ -92,14 +93,13 @@ class Packages:
 
     def _write_patch(self, packer: Packer, proven: list[tuple[PatchedArtifact, Made]], old_onnx: Path) -> None:
         from gsforget.export.build.answers import find_answers
-        from gsforget.predict import TorchPredictor
 
         export = self.export
         export.progress("looking for seeds on which old and new answers differ")
         # The fresh file is, byte for byte, the patched one.
         new, _ = open_at(export.made[0].path, export.precision, self.scratch)
         was, _ = open_at(old_onnx, export.precision, self.scratch)
-        shape, exact = export.info.preprocess.input_size, TorchPredictor(export.model)
+        shape, exact = export.info.preprocess.input_size, self._exact()
         answers = find_answers(was, new, exact, shape, export.precision)
         name = f"patch-{export.config.sequence:04d}-{export.precision}{SUFFIX}"
         artifacts = [artifact for artifact, _ in proven]
@@ -108,14 +108,13 @@ class Packages:
     def pack_whole(self, made: Sequence[Made]) -> None:
         """A package for each file that holds the file itself."""
         from gsforget.export.build.answers import only_new
-        from gsforget.predict import TorchPredictor
 
         if not made:
             return
         export = self.export
         export.progress("asking the new model for known answers")
         new, _ = open_at(export.made[0].path, export.precision, self.scratch)
-        shape, exact = export.info.preprocess.input_size, TorchPredictor(export.model)
+        shape, exact = export.info.preprocess.input_size, self._exact()
         answers = only_new(new, exact, shape, export.precision)
         for one in made:
             if one.extra.get("data_files"):
@@ -129,6 +128,15 @@ class Packages:
             packer.give(content)
             manifest = self._manifest("full", packer, [describe_artifact(one, None, ())], answers)
             self._write(f"{one.path.stem}{SUFFIX}", manifest, content)
+
+    def _exact(self) -> Predicts:
+        """The new weights in float32 arithmetic: how far others lie from it is what rounding changes."""
+        from gsforget.export.device.runtime import OnnxPredictor
+        from gsforget.predict import TorchPredictor
+
+        if self.export.precision == "int8":  # the same integers, no operators of int8 put together
+            return OnnxPredictor(self.export.made[0].path, "cpu", optimised=False)
+        return TorchPredictor(self.export.model)
 
     def _old_onnx(self, before: Previous) -> Path:
         """The ONNX file that devices hold: the one that is there, else the same made again."""

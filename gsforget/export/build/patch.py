@@ -11,22 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsforget.errors import RequestError, SafetyError
-from gsforget.export.build.chain import DELTA, LEDGER
-from gsforget.export.build.exporter import PRECISIONS, Export, find_place
+from gsforget.errors import RequestError
+from gsforget.export.build.exporter import PRECISIONS, Export
 from gsforget.export.build.packages import EXPIRES, Packages, Signing
-from gsforget.export.build.previous import Previous, find_previous
+from gsforget.export.build.place import find_place
+from gsforget.export.build.step import find_step
 from gsforget.export.device.keys import find_signing_key, read_public_key
 from gsforget.export.device.metadata import check_hash
 from gsforget.folder import WEIGHTS, sha256
-from gsforget.purged import day, find_purged
 from gsforget.runs import newest_run
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gsforget.export.build.exporter import Made
-    from gsforget.lora.grid import GridFactors
 
 
 def export_patch(
@@ -68,7 +64,7 @@ def export_patch(
     if precision not in PRECISIONS:
         raise RequestError(
             f"Patches are made at {', '.join(PRECISIONS)}, and not at {precision}.",
-            "Patch the file that was quantised, and quantise the result again, or send the quantised file whole.",
+            "Type one of these, or send the file whole by other means.",
             "bad_precision",
         )
     if expires < 1:
@@ -84,22 +80,21 @@ def export_patch(
     folder = Path(run) if run is not None else newest_run()
     place = find_place(folder, Path(out) if out else None)
     tell = progress or (lambda _text: None)
-    delta = {} if full else _read_delta(folder)
     export = Export(folder, precision, trust_code, tell)
-    before = None if full else _check_previous(export, previous)
-    if before is not None:
-        _check_ledger(folder)
-        _check_delta(folder, before, delta)
+    step = None if full else find_step(folder, export.request, previous, precision)
+    if step is not None and precision == "int8":
+        export.follow(step)
     export.find_data(Path(data) if data else None)
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
-        export.write_onnx(Path(scratch))
+        if not (full and precision == "int8" and export.take_int8(place, Path(scratch))):
+            export.write_onnx(Path(scratch))
         export.check()
         making = Packages(export, signing, Path(scratch), trust_code)
-        if before is None:
+        if step is None:
             making.pack_whole([*export.made, *_own_engines(export, place)])
         else:
-            making.make_patch(before, delta)
+            making.make_patch(step.before, step.delta)
         return making.publish(place)
 
 
@@ -115,64 +110,3 @@ def _own_engines(export: Export, place: Path) -> list[Made]:
             extra = {k: sidecar[k] for k in ("builder", "builder_version", "batch")}
             found.append(Made(path, "engine", list(sidecar["targets"]), extra))
     return found
-
-
-def _check_previous(export: Export, previous: str | Path | None) -> Previous:
-    if not export.request:
-        raise RequestError(
-            f"{export.folder} is no run, so that there is no erasure to patch.",
-            "For the whole model type gsforget export --patch --full.",
-            "not_a_run",
-        )
-    parent = export.request.get("parent")
-    if previous is None:
-        raise RequestError(
-            "A patch leads from one model to the next, and it was not said from which.",
-            f"Type --from {parent or 'FOLDER'}; for devices without that model, --full.",
-            "no_from",
-        )
-    return find_previous(export.folder, export.request, Path(previous), export.precision)
-
-
-def _read_delta(folder: Path) -> dict[str, GridFactors]:
-    from gsforget.export.build.chain import read_request
-    from gsforget.lora.grid import read_delta
-
-    removed = find_purged(folder, DELTA)
-    if removed is not None:
-        raise RequestError(
-            f"The factors of {folder} were removed by gsforget purge on {day(removed.date)}, and a patch consists of them.",
-            "Send the whole model: gsforget export --patch --full.",
-            "purged",
-        )
-    return read_delta(folder / DELTA) if read_request(folder) else {}
-
-
-def _check_ledger(folder: Path) -> None:
-    """Refuse a run whose files are not those that its ledger names."""
-    from gsforget import ledger
-
-    if (folder / LEDGER).is_file():
-        ledger.verify(folder)
-
-
-def _check_delta(folder: Path, before: Previous, delta: dict[str, GridFactors]) -> None:
-    """The factors must lead from the parent's weights to the run's, bit for bit, and nothing else may have changed."""
-    import torch
-
-    from gsforget.checkpoint import read_weights
-    from gsforget.lora.grid import merge
-
-    if before.folder is None:
-        return
-    was, now = (read_weights(f / WEIGHTS, as_saved=True) for f in (before.folder, folder))
-    for name, tensor in now.items():
-        wanted: Tensor | None = was.get(name)
-        if wanted is not None and name in delta:
-            wanted = merge(wanted.reshape(delta[name].b.shape[0], -1), delta[name]).reshape(wanted.shape)
-        if wanted is None or not torch.equal(wanted, tensor):
-            raise SafetyError(
-                f"{folder / DELTA} does not lead from {before.folder} to the weights of {name} in {WEIGHTS}.",
-                "Restore the run folders from a backup; do not deploy from them.",
-                "delta_mismatch",
-            )

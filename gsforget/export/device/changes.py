@@ -18,19 +18,25 @@ SUFFIXES = {"onnx": ".onnx", "engine": ".engine"}
 
 @dataclass(frozen=True)
 class Scale:
-    """Frozen scales of an int8 tensor: float32 little-endian at an offset of the payload, per tensor or along an axis."""
+    """Scales of an int8 tensor, float32 little-endian at offsets of the payload, per tensor or along an axis.
 
-    at: int
+    Attributes:
+        before, after: offsets of the scales of the old and of the new weights.
+        axis: None for one scale, 0 for one per row, 1 for one per column.
+    """
+
+    before: int
+    after: int
     axis: int | None
 
     def to_json(self) -> dict[str, Any]:
-        return {"at": self.at, "axis": self.axis}
+        return {"before": self.before, "after": self.after, "axis": self.axis}
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> Scale:
-        s = record(raw, where, "at axis")
+        s = record(raw, where, "before after axis")
         axis = None if s["axis"] is None else integer(s["axis"], f"{where}.axis", 0, 1)
-        return cls(integer(s["at"], f"{where}.at"), axis)
+        return cls(integer(s["before"], f"{where}.before"), integer(s["after"], f"{where}.after"), axis)
 
 
 @dataclass(frozen=True)

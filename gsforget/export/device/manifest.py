@@ -301,7 +301,8 @@ def _check_tensors(m: Manifest) -> None:
         sizes = [2 * t.rank * columns, 2 * rows * t.rank, 4 * t.rank, 4 * t.rank]
         parts = list(zip(t.at, sizes))
         if t.scale is not None:
-            parts.append((t.scale.at, 4 * (1 if t.scale.axis is None else t.shape[t.scale.axis])))
+            size = 4 * (1 if t.scale.axis is None else t.shape[t.scale.axis])
+            parts += [(t.scale.before, size), (t.scale.after, size)]
         if any(at + size > m.payload.plain_bytes for at, size in parts):
             raise BadField(f"tensors[{i}] reaches beyond the payload")
 
