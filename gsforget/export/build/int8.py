@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SUFFIX = "_quantized"  # that ONNX Runtime's quantisation adds to a weight's name
 KEPT = 0.9  # the share of an erasure that rounding must leave
-# Rounding the weights themselves anew loses nothing of a small change on average, as adding it to rounded weights does.
+# Adding a small change to weights that were rounded loses it; rounding the float32 weights anew does not, on average.
 ANEW = (
     "To calibrate anew and send the file whole, type gsforget export --onnx --precision int8 and then gsforget export "
     "--patch --full --precision int8."
@@ -124,7 +124,7 @@ def next_scale(values: np.ndarray, weight: Int8Weight, product: np.ndarray) -> n
     """The scales after a step of the chain, float32: those before it, larger where the new weights would be cut off."""
     exact = np.abs(values * weight.spread() + product)
     needed = exact.max(keepdims=True).reshape(1) if weight.axis is None else exact.max(1 - weight.axis)
-    enough = np.rint(needed / weight.scale) <= max(127, -int(values.min()))
+    enough = np.rint(needed / weight.scale) <= 127
     return np.where(enough, weight.scale, (needed / 127).astype(np.float32))
 
 
