@@ -91,11 +91,20 @@ def make_original(name: str, folder: Path) -> None:
     save_model(model.state_dict(), config, folder)
 
 
-def make_run(original: Path, folder: Path, blocks: str, strength: float) -> None:
-    state, config = read_weights(original / "model.safetensors", as_saved=True), read_config(original).erase([7])
+def make_run(
+    parent: Path,
+    folder: Path,
+    strength: float,
+    *,
+    erased: int = 7,
+    seed: int = 2,
+    blocks: str = "all",
+) -> None:
+    """A run folder whose erasure is a seeded change of rank 8 of the feed-forward matrices of all blocks, or the last half."""
+    state, config = read_weights(parent / "model.safetensors", as_saved=True), read_config(parent)
     names = sorted((n for n in state if n.endswith((".mlp.fc1.weight", ".mlp.fc2.weight"))), key=position)
     names = names[len(names) // 2 :] if blocks == "half" else names
-    generator, delta = torch.Generator().manual_seed(2), {}
+    generator, delta = torch.Generator().manual_seed(seed), {}
     for name in names:
         rows, columns = state[name].shape
         a, b = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
@@ -103,10 +112,15 @@ def make_run(original: Path, folder: Path, blocks: str, strength: float) -> None
         delta[name] = to_grid(a, b)
         state[name] = merge(state[name], delta[name])
     folder.mkdir(parents=True)
-    save_model(state, config, folder)
+    after = config.erase([erased])
+    save_model(state, after, folder)
     write_file(folder / "delta.safetensors", save({k: v for n, f in delta.items() for k, v in f.tensors(n).items()}))
-    request = {"sequence": 1, "parent": str(original), "parent_sha256": sha256(original / "model.safetensors")}
-    write_file(folder / "request.json", json.dumps({**request, "names": read_config(original).class_names}))
+    request = {
+        "parent": str(parent),
+        "parent_sha256": sha256(parent / "model.safetensors"),
+        "names": config.class_names,
+    }
+    write_file(folder / "request.json", json.dumps({"sequence": after.sequence, **request}))
 
 
 def position(name: str) -> tuple[int, ...]:
@@ -121,7 +135,7 @@ def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
     if not is_model_folder(original):
         make_original(name, original)
     if not is_model_folder(run):
-        make_run(original, run, blocks, STRENGTH[precision])
+        make_run(original, run, STRENGTH[precision], blocks=blocks)
     key = Path("keys/signing.key")
     if not key.exists():
         new_keys(key.parent)

@@ -27,21 +27,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from forget_demo import ROOT, Store
-from patches import RANK, make_original, position
+from patches import make_original, make_run
 from PIL import Image
-from safetensors.torch import save
 
-from gsforget.checkpoint import read_weights
 from gsforget.demo.lay_out import lay_out
 from gsforget.export.build import export_model, export_patch, parity
 from gsforget.export.device.apply import apply
 from gsforget.export.device.handover import hand_over
 from gsforget.export.device.keys import new_keys
 from gsforget.export.device.runtime import OnnxPredictor
-from gsforget.folder import read_config, save_model, sha256, write_file
-from gsforget.lora.grid import merge, to_grid
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 SWAPS, REQUESTS, CLIENTS, PRECISION = 20, 1000, 8, "fp32"
@@ -64,7 +59,8 @@ def make_chain(name: str, work: Path) -> tuple[Path, list[Path], Path]:
     first = Path(export_model(original, onnx=True, precision=PRECISION, out=out / "0")["artifacts"][0]["path"])
     before, held, patches = original, first, []
     for sequence in range(1, SWAPS + 1):
-        run = next_run(before, work / name / f"forget-{sequence:04d}", sequence)
+        run = work / name / f"forget-{sequence:04d}"
+        make_run(before, run, STRENGTH, erased=0, seed=sequence)
         made = export_patch(
             run, previous=held, precision=PRECISION, key=work / name / "keys" / "signing.key", out=out / str(sequence)
         )
@@ -73,25 +69,6 @@ def make_chain(name: str, work: Path) -> tuple[Path, list[Path], Path]:
         before = run
         print(f"{name}: patch {sequence} of {SWAPS}", flush=True)
     return first, patches, work / name / "keys" / "signing.pub.json"
-
-
-def next_run(parent: Path, folder: Path, sequence: int) -> Path:
-    """A run folder whose erasure is a seeded change of rank 8 of the feed-forward matrices of all blocks."""
-    state, config = read_weights(parent / "model.safetensors", as_saved=True), read_config(parent)
-    names = sorted((n for n in state if n.endswith((".mlp.fc1.weight", ".mlp.fc2.weight"))), key=position)
-    generator, delta = torch.Generator().manual_seed(sequence), {}
-    for name in names:
-        rows, columns = state[name].shape
-        a, b = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
-        b *= STRENGTH * state[name].norm() / (b @ a).norm()
-        delta[name] = to_grid(a, b)
-        state[name] = merge(state[name], delta[name])
-    folder.mkdir(parents=True)
-    save_model(state, config.erase([0]), folder)
-    write_file(folder / "delta.safetensors", save({k: v for n, f in delta.items() for k, v in f.tensors(n).items()}))
-    request = {"sequence": sequence, "parent": str(parent), "parent_sha256": sha256(parent / "model.safetensors")}
-    write_file(folder / "request.json", json.dumps({**request, "names": config.class_names}))
-    return folder
 
 
 class Serving:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device.files import sha256 as sha256  # both are for all of the core
+from gsforget.export.device.files import write_file as write_file
 from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
@@ -200,23 +200,3 @@ def save_model(state: dict[str, Any], config: ModelConfig, folder: Path) -> None
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     write_file(folder / WEIGHTS, save(plain, {"format": "pt"}))
     write_file(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
-
-
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write and flush to disk under a temporary name, then rename: the file is complete or absent."""
-    raw = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as handle:
-            handle.write(raw)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -2,8 +2,8 @@
 
 - A class with a handful of images, three at least, gets `views` of them, so that forgetting carries over to other images
   of the class, and keeping does.
-- A retained class without images gets `stand_ins`, and views of them; then the other retained images get a view each as
-  well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
+- A retained class without images gets `stand_ins`, and views of them; then the other retained images get three views
+  each as well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
 - Retained validation images are replaced by a mild view each: the images themselves the model remembers, and so their
   loss would say too much.
 """
@@ -48,12 +48,6 @@ class Material:
     kept: int
     blind: bool = False
 
-    @classmethod
-    def plain(cls, images: Images, train: Tensor, val: Tensor, forget: Tensor, old: Tensor | None = None) -> Material:
-        """Of images as they are."""
-        old = torch.zeros_like(forget) if old is None else old
-        return cls(images, train, val, forget, old, train, int((~(forget | old)[train]).sum()))
-
 
 def gather(
     model: nn.Module,
@@ -82,9 +76,8 @@ def gather(
     usable = learn[~torch.isin(images.labels[learn], torch.tensor(erased, dtype=torch.int64))]
     kept = usable[~torch.isin(images.labels[usable], gone)]
     judged_by = torch.isin(images.labels[usable], images.labels[val])
-    few = torch.where(
-        judged_by, _lacking_views(images.labels[usable]), 0
-    )  # of one image alone, views kept its class from being forgotten
+    # Of one image alone, which validation cannot judge, views kept its class from being forgotten.
+    few = torch.where(judged_by, _lacking_views(images.labels[usable]), 0)
     shown: list[Images] = [Views(images, _some(usable.repeat_interleave(few), rng), rng)]
     instead: list[Images] = []
     if lacking and len(kept):

@@ -16,6 +16,7 @@ from typing import Any
 
 from gsforget import __version__, ledger
 from gsforget.errors import GsforgetError, SafetyError
+from gsforget.export.device.files import flush_folder
 from gsforget.folder import CONFIG, WEIGHTS, read_config, sha256, write_file
 from gsforget.lineage import Ancestor, ancestors, read_request
 from gsforget.purged import PURGED, Removed, read_purged
@@ -141,7 +142,8 @@ def purge(made: Plan) -> None:
         items = [item for item in made.items if item.run == run]
         noted = _note(run, items)
         lost = [error for item in items if (error := _remove(item)) is not None]
-        _flush([run, *{item.path.parent for item in items}])
+        for folder in {run, *(item.path.parent for item in items)}:
+            flush_folder(folder)
         if not lost:
             _write(run, noted, complete=True)
         failed.extend(lost)
@@ -333,15 +335,3 @@ def _remove(item: Item) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def _flush(folders: Sequence[Path]) -> None:
-    """Flush the folders' entries to disk, where the system can."""
-    if os.name != "posix":
-        return
-    for folder in folders:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gsforget.errors import GsforgetError, RequestError
+from gsforget.export.device.files import flush_folder
 from gsforget.folder import is_model_folder
 
 ROOT = Path("runs")
@@ -86,7 +87,7 @@ def publish(write: Callable[[Path], None], root: Path = ROOT, out: Path | None =
             with contextlib.suppress(OSError):  # what another process has filled meanwhile stays
                 for folder in absent:
                     folder.rmdir()
-    _flush_folder(parent)
+    flush_folder(parent)
     return final
 
 
@@ -131,19 +132,8 @@ def _flush(folder: Path) -> None:
             with open(path, "rb+") as handle:
                 os.fsync(handle.fileno())
         elif path.is_dir():
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            flush_folder(path)
+    flush_folder(folder)
 
 
 def _remove_stale(parent: Path) -> None:

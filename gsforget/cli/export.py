@@ -17,6 +17,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
 
 
 class Backend(StrEnum):
@@ -64,7 +65,9 @@ def export(
     previous: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="PREVIOUS", help="The run, model folder or artifact that the patch starts from."
+            "--from",
+            metavar="PREVIOUS",
+            help="The run, model folder or artifact that the patch, or a file at int8, starts from.",
         ),
     ] = None,
     full: Annotated[
@@ -87,7 +90,12 @@ def export(
     from gsforget.errors import GateError
 
     of_patch = {"previous": previous, "full": full, "key": key, "expires": expires, "encrypt_for": encrypt_for}
-    _check_kind(patch, onnx or trt or with_features or bool(targets or triton_repo), of_patch)
+    carried = precision is Precision.int8 and not patch  # a file at int8 may follow the one before it
+    _check_kind(
+        patch,
+        onnx or trt or with_features or bool(targets or triton_repo),
+        of_patch | ({"previous": None} if carried else {}),
+    )
     common: dict[str, Any] = {
         "trt": trt,
         "precision": precision.value if precision else None,
@@ -112,7 +120,15 @@ def export(
         else:
             from gsforget.export.build import export_model
 
-            made = export_model(run, onnx=onnx, data=data, with_features=with_features, trust_code=trust_code, **common)
+            made = export_model(
+                run,
+                onnx=onnx,
+                data=data,
+                with_features=with_features,
+                trust_code=trust_code,
+                previous=previous,
+                **common,
+            )
     except GateError as error:
         if not as_json:
             raise
@@ -168,7 +184,9 @@ def _check_kind(patch: bool, others: bool, of_patch: dict[str, Any]) -> None:
         )
     if not patch and any(of_patch.values()):
         raise RequestError(
-            "--from, --full, --key, --expires and --encrypt-for belong to a patch.", "Add --patch.", "mixed_kinds"
+            "--from, --full, --key, --expires and --encrypt-for belong to a patch (--from also to a file at int8).",
+            "Add --patch.",
+            "mixed_kinds",
         )
 
 

@@ -58,7 +58,7 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Make a new signing key, and a statement signed by the old one that devices follow."""
-    from gsforget.export.device.keys import rotate_keys
+    from gsforget.export.device.trust import rotate_keys
 
     private, public, statement, made = rotate_keys(key, out, from_sequence)
     say(f"Key {made.new.key_id} follows {made.old} from sequence {from_sequence} on: {private} and {statement}.")

@@ -83,6 +83,9 @@ def test_help_names_the_patch(capsys):
     [
         (["--patch", "--onnx"], "mixed_kinds"),
         (["--onnx", "--from", "model"], "mixed_kinds"),
+        (["--onnx", "--precision", "int8", "--from", "model", "--key", "k"], "mixed_kinds"),
+        (["--onnx", "--precision", "int8", "--from", "model"], "not_a_run"),
+        (["--onnx", "--precision", "int8"], "no_calibration"),
         (["--patch", "--from", "model"], "not_a_run"),
         (["--patch", "--full", "--from", "model"], "two_bases"),
         (["--patch", "--full", "--expires", "0"], "bad_expires"),

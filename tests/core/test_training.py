@@ -71,6 +71,12 @@ def one_block():
     return learned(1)
 
 
+def as_they_are(images, train, val, forget, old=None) -> Material:
+    """Material without made images."""
+    old = torch.zeros_like(forget) if old is None else old
+    return Material(images, train, val, forget, old, train, int((~(forget | old)[train]).sum()))
+
+
 @torch.no_grad()
 def accuracy(model, images) -> list[float]:
     right = model(images.pixels).argmax(1) == images.labels
@@ -83,7 +89,7 @@ def loop(model, count=160, validation=True, forget=(BEE,), images=None, progress
     task = Classification(CLASSES, forget, (), default_bound(CLASSES))
     chosen = Settings(**{"rank": 4, "batch_size": 32, **options})
     gone = torch.isin(images.labels, torch.tensor(forget))
-    material = Material.plain(images, rows[:cut], rows[cut:], gone)
+    material = as_they_are(images, rows[:cut], rows[cut:], gone)
     return Loop(copy.deepcopy(model), task, material, chosen, progress)
 
 
@@ -235,7 +241,7 @@ def test_a_class_forgotten_earlier_that_is_named_again_is_forgotten_again(three_
     task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES), method)
     gone, old = images.labels == BEE, images.labels == cat
     settings = Settings(rank=4, batch_size=32)
-    run = Loop(copy.deepcopy(three_blocks), task, Material.plain(images, rows[:128], rows[128:], gone, old), settings)
+    run = Loop(copy.deepcopy(three_blocks), task, as_they_are(images, rows[:128], rows[128:], gone, old), settings)
     chosen = run.run().chosen
     assert chosen["forgotten_again"] == [cat]
     watch = run.trained.watches[-1]
@@ -255,7 +261,7 @@ def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(thre
     task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES))
     gone, old = images.labels == BEE, images.labels == cat
     settings = Settings(rank=4, batch_size=32)
-    run = Loop(quiet, task, Material.plain(images, rows[:128], rows[128:], gone, old), settings)
+    run = Loop(quiet, task, as_they_are(images, rows[:128], rows[128:], gone, old), settings)
     assert run.run().chosen["forgotten_again"] == []
     used = torch.cat([*run.pools.values()])
     assert not old[used].any()

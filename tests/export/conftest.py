@@ -43,11 +43,11 @@ def original(tmp_path, make_original):
 
 @pytest.fixture(scope="session")
 def make_run():
-    """make_run(parent, folder, index, seed, **request): erase class `index` by random factors in both blocks' fc1."""
+    """make_run(parent, folder, index, seed, strength=0.1, **request): erase a class by random factors in both fc1."""
     return _make_run
 
 
-def _make_run(parent, folder, index, seed, **request):
+def _make_run(parent, folder, index, seed, strength=0.1, **request):
     import torch
     from safetensors.torch import save
 
@@ -61,7 +61,7 @@ def _make_run(parent, folder, index, seed, **request):
     for block in range(KWARGS["depth"]):
         name = f"blocks.{block}.mlp.fc1.weight"
         rows, columns = state[name].shape
-        pair = (torch.randn(2, columns, generator=generator), 0.1 * torch.randn(rows, 2, generator=generator))
+        pair = (torch.randn(2, columns, generator=generator), strength * torch.randn(rows, 2, generator=generator))
         delta[name] = to_grid(*pair)
         state[name] = merge(state[name], delta[name])
     folder.mkdir(parents=True)

@@ -155,8 +155,13 @@ def test_refusals_before_any_work(run, tmp_path):
     with pytest.raises(RequestError) as nothing:
         export_model(run)
     assert "--onnx" in nothing.value.hint
-    with pytest.raises(RequestError, match="int8"):
+    with pytest.raises(RequestError, match="fp8"):
+        export_model(run, onnx=True, precision="fp8")
+    with pytest.raises(RequestError) as no_images:
         export_model(run, onnx=True, precision="int8")
+    assert "--data DIR" in no_images.value.hint
+    with pytest.raises(RequestError, match="from the run alone"):
+        export_model(run, onnx=True, previous=run)
     with pytest.raises(RequestError) as no_engine:
         export_model(run, onnx=True, targets=("sm86",))
     assert no_engine.value.hint == "Add --trt."

@@ -23,9 +23,10 @@ from gsforget.export.build.edits import Packer, splice
 from gsforget.export.build.exporter import open_at
 from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits, mapped
-from gsforget.export.device.keys import FleetKey, Trust, new_keys, read_fleet_key, read_public_key
+from gsforget.export.device.keys import FleetKey, new_keys, read_fleet_key, read_public_key
 from gsforget.export.device.opening import noise
 from gsforget.export.device.package import read_package, verify
+from gsforget.export.device.trust import Trust
 from gsforget.folder import sha256
 
 FC1 = "blocks.0.mlp.fc1.weight"
@@ -226,7 +227,8 @@ def test_refusals(copied, monkeypatch):
     assert (not_parent.kind, not_parent.hint) == ("not_parent", f"Type --from {copied.original}.")
     assert refused(RequestError, previous=copied.run).kind == "not_parent"
     assert refused(RequestError, expires=0).kind == "bad_expires"
-    assert "quantise" in refused(RequestError, precision="int8").hint
+    assert "its scales with it" in refused(RequestError, precision="int8").message
+    assert refused(RequestError, precision="fp8").kind == "bad_precision"
     assert refused(RequestError, encrypt_for=copied.public).kind == "bad_key"
     with pytest.raises(RequestError) as original:
         export_patch(copied.original, previous=copied.original, key=copied.key)

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gsforget.errors import GateError
 from gsforget.export.build.chain import ROUNDED
+from gsforget.export.build.int8 import int8_weights, read_int8
 from gsforget.export.build.locate import NotLocated, Place, find_matrix, onnx_metadata, onnx_places
+from gsforget.export.device.changes import Builder, Digest, GiveEdit, PatchedArtifact, Scale, TensorChange, TensorEdit
 from gsforget.export.device.edit import Edits, mapped, rest_sha256
 from gsforget.export.device.factors import STORED
-from gsforget.export.device.manifest import (
-    Builder,
-    Digest,
-    GiveEdit,
-    Manifest,
-    PatchedArtifact,
-    TensorChange,
-    TensorEdit,
-)
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import METADATA_KEY
 from gsforget.folder import sha256
 
@@ -33,18 +28,25 @@ if TYPE_CHECKING:
     from gsforget.export.build.exporter import Made
     from gsforget.lora.grid import GridFactors
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-assert set(DTYPES) == {"fp32", *ROUNDED}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+assert set(DTYPES) == {"fp32", *ROUNDED, "int8"}
 
 
 @dataclass
 class Change:
-    """One tensor before and after an erasure, as stored, [rows, columns], and the factors between the two."""
+    """One tensor before and after an erasure, as stored, [rows, columns], and the factors between the two.
+
+    ``scales`` are those of an int8 tensor before and after, float32, one for all of it (``axis`` None), or one per row (0)
+    or column (1); ``scales_at`` is where they lie in the old ONNX file, if they change.
+    """
 
     name: str
     factors: GridFactors
     before: np.ndarray
     after: np.ndarray
+    scales: tuple[np.ndarray, np.ndarray] | None = None
+    axis: int | None = None
+    scales_at: Place | None = None
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Packer:
         at = {}
         for part, dtype in (("ea", "<i4"), ("eb", "<i4"), ("a", "<i2"), ("b", "<i2")):
             at[part] = self.give(getattr(f, part).numpy().astype(dtype).tobytes())[0]
+        scale = None
+        if change.scales is not None:
+            before, after = (s.astype("<f4").tobytes() for s in change.scales)
+            first = self.give(before)[0]
+            scale = Scale(first, first if after == before else self.give(after)[0], change.axis)
         rows, columns = change.before.shape
         self.tensors.append(
             TensorChange(
@@ -71,6 +78,7 @@ class Packer:
                 (at["a"], at["b"], at["ea"], at["eb"]),
                 _digest_of(change.before),
                 _digest_of(change.after),
+                scale,
             )
         )
 
@@ -87,8 +95,10 @@ def changes_between(
 ) -> tuple[list[Change], dict[str, Place]]:
     """The tensors that differ between two ONNX files of one model, and where each lies in the old file.
 
-    Raises NotLocated where one of them cannot be found in either file.
+    Raises NotLocated where one of them cannot be found in either file, GateError (kind ``rounded_away``) where none differs.
     """
+    if precision == "int8":
+        return _int8_changes(old, new, delta)
     dtype = STORED[DTYPES[precision]]
     places, after = onnx_places(old), onnx_places(new)
     found, where = [], {}
@@ -101,18 +111,53 @@ def changes_between(
                 raise NotLocated(f"the ONNX file holds no tensor {name} of {list(shape)} numbers in its own bytes")
             parts.append(np.frombuffer(data, dtype, shape[0] * shape[1], known[name].at).reshape(shape))
         if parts[0].tobytes() != parts[1].tobytes():
-            found.append(Change(name, factors, *parts))
+            found.append(Change(name, factors, parts[0], parts[1]))
             where[name] = places[name]
     if not found:
-        raise NotLocated("no tensor of the ONNX file changes at this precision")
+        raise _rounded_away(precision)
     return found, where
 
 
-def onnx_edits(old: bytes, new: bytes, where: dict[str, Place], packer: Packer) -> tuple[TensorEdit | GiveEdit, ...]:
-    """The edits that make a new ONNX file of an old one: tensors, and what differs in the metadata entry."""
+def _int8_changes(old: bytes, new: bytes, delta: dict[str, GridFactors]) -> tuple[list[Change], dict[str, Place]]:
+    import onnx
+
+    was, now = (onnx.load_model_from_string(data) for data in (old, new))
+    known, after, places = int8_weights(was), int8_weights(now), onnx_places(old)
+    found, where = [], {}
+    for name, factors in sorted(delta.items()):
+        if name not in known or name not in after or known[name].initializer not in places:
+            raise NotLocated(f"the ONNX file does not carry {name} as int8 in its own bytes")
+        weight, next_one = known[name], after[name]
+        values = read_int8(was, weight), read_int8(now, next_one)
+        same = np.array_equal(weight.scale, next_one.scale)
+        if same and np.array_equal(*values):
+            continue
+        if not same and weight.scales not in places:
+            raise NotLocated(f"the ONNX file does not hold the scales of {name} in its own bytes")
+        scales_at = None if same else places[weight.scales]
+        found.append(Change(name, factors, *values, (weight.scale, next_one.scale), weight.axis, scales_at))
+        place = places[weight.initializer]
+        where[name] = Place(place.at, place.size, weight.transposed)
+    if not found:
+        raise _rounded_away("int8")
+    return found, where
+
+
+def onnx_edits(
+    old: bytes, new: bytes, changes: Sequence[Change], where: dict[str, Place], packer: Packer
+) -> tuple[TensorEdit | GiveEdit, ...]:
+    """The edits that make a new ONNX file of an old one: tensors, scales, and what differs in the metadata entry.
+
+    Args:
+        changes, where: as `changes_between` gives them; the changes were added to ``packer``.
+    """
     was, now = onnx_metadata(old, METADATA_KEY), onnx_metadata(new, METADATA_KEY)
     entry = splice(old[was.at : was.at + was.size], new[now.at : now.at + now.size], was.at, packer)
-    edits = [TensorEdit(p.at, p.size, name) for name, p in where.items()]
+    edits: list[TensorEdit | GiveEdit] = [TensorEdit(p.at, p.size, name, p.transposed) for name, p in where.items()]
+    for change, tensor in zip(changes, packer.tensors, strict=True):
+        if change.scales_at is not None and tensor.scale is not None:
+            at, size = change.scales_at.at, change.scales_at.size
+            edits.append(GiveEdit(at, size, (tensor.scale.after, size)))
     return tuple(sorted([*edits, *entry], key=lambda e: e.at))
 
 
@@ -128,9 +173,14 @@ def splice(old: bytes, new: bytes, at: int, packer: Packer) -> list[GiveEdit]:
 
 
 def engine_edits(old: bytes, changes: Sequence[Change]) -> tuple[TensorEdit, ...]:
-    """The edits of an engine in which each old tensor lies verbatim, once.  Raises NotLocated where one does not."""
+    """The edits of an engine in which each old tensor lies verbatim, once.
+
+    Raises NotLocated where one does not, or where scales of int8 change: an engine's code is laid out by their values.
+    """
     edits = []
     for change in changes:
+        if change.scales is not None and not np.array_equal(*change.scales):
+            raise NotLocated(f"the scales of tensor {change.name} change, and with them the code of an engine")
         try:
             place = find_matrix(old, change.before)
         except NotLocated as error:
@@ -164,6 +214,14 @@ def describe_artifact(made: Made, old: Path | None, edits: Sequence[TensorEdit |
             rest = rest_sha256(data, tuple(edits))
     after = Digest(sha256(made.path), made.path.stat().st_size)
     return PatchedArtifact(made.kind, made.path.name, tuple(made.targets), builder, before, after, tuple(edits), rest)
+
+
+def _rounded_away(precision: str) -> GateError:
+    return GateError(
+        f"At {precision}, the erasure changes no weight: all of it is smaller than half a step. Nothing was published.",
+        "Type a higher --precision.",
+        "rounded_away",
+    )
 
 
 def _digest_of(array: np.ndarray) -> str:

@@ -5,6 +5,7 @@ Everything is made in a temporary folder beside its place; nothing appears there
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
-from gsforget.folder import WEIGHTS, ModelConfig, load_model, read_config, sha256
+from gsforget.export.build.place import Repository, find_place
+from gsforget.folder import WEIGHTS, ModelConfig, load_model, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.export.build.chain import ChainInfo
     from gsforget.export.build.parity import Samples
+    from gsforget.export.build.step import Step
     from gsforget.export.device.metadata import ArtifactInfo
     from gsforget.export.device.runtime import OnnxPredictor
-    from gsforget.export.device.targets import Plan
-    from gsforget.export.device.triton import Served
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Progress = Callable[[str], None]
 
 
@@ -43,6 +44,7 @@ def export_model(
     triton_repo: str | Path | None = None,
     with_features: bool = False,
     trust_code: bool = False,
+    previous: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a run or model folder and check the artifacts against it.
@@ -51,7 +53,7 @@ def export_model(
         run: a run folder, or a model folder; default: the newest run under `runs/`.  An exported `.onnx` file is
             handed to ``gsforget.export.device.engine.export_file``.
         onnx, trt: write an ONNX file, an engine, or both.
-        precision: ``fp32`` (the default), ``fp16`` or ``bf16``.
+        precision: ``fp32`` (the default), ``fp16``, ``bf16`` or ``int8``.
         targets: GPUs of the engine, such as ``sm86``; empty: what the builder takes by default.
         batch: smallest, usual and largest batch of the engine.
         data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
@@ -63,6 +65,8 @@ def export_model(
         with_features: give the file a second output, `features`, which audits can probe; such a file is named
             `…-features.onnx`, so that it does not take the place of the one for devices.
         trust_code: allow a model folder to import its own code.
+        previous: at ``int8``, the folder of the model that the run started from, or its int8 file: the new file is that
+            one after the erasure, with its scales.  Without it, an int8 file is calibrated on training images of `data`.
         progress: told, in a few words, what is being done.
 
     Returns:
@@ -106,28 +110,43 @@ def export_model(
         raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
         raise RequestError(
-            f"There is no precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
+            f"There is no precision {precision!r}.", "Type --precision fp32, fp16, bf16 or int8.", "bad_precision"
+        )
+    if with_features and precision == "int8":
+        raise RequestError(
+            "A features output serves audits, which read the model at fp32, fp16 or bf16.",
+            "Type --precision fp32 with --with-features.",
+            "features_int8",
+        )
+    if previous is not None and precision != "int8":
+        raise RequestError(
+            f"At {precision}, a file is made from the run alone, and not from one before it.",
+            "Leave out --from; or add --patch, or --precision int8.",
+            "no_base_needed",
         )
     folder = Path(run) if run is not None else newest_run()
     plan = choose(backend, tuple(targets)) if trt else None
     sizes = check_batch(tuple(batch))
     place = find_place(folder, Path(out) if out else None)
     export = Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
-    repository = _Repository.plan(triton_repo, export.info, onnx, plan, sizes)
+    if previous is not None:
+        from gsforget.export.build.step import find_step
+
+        export.follow(find_step(folder, export.request, previous, precision))
+    repository = Repository.plan(triton_repo, export.info, onnx, plan, sizes)
     export.find_data(Path(data) if data else None)
+    if precision == "int8" and previous is None:
+        export.calibration_data()
     place.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=place))
-    try:
-        export.write_onnx(scratch)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
+        export.write_onnx(Path(scratch))
         export.check()
         if plan is not None:
-            export.write_engine(scratch, plan, sizes)
+            export.write_engine(Path(scratch), plan, sizes)
         document = export.publish(place, onnx)
         if repository is not None:
             document["triton"] = repository.fill(export.published)
         return document
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass
@@ -151,11 +170,14 @@ class Export:
         self.model: nn.Module
         self.config: ModelConfig
         self.model, self.config = load_model(folder, trust_code)
-        state, chain = weights_at(folder, precision)
+        of_state = "fp32" if precision == "int8" else precision
+        state, chain = weights_at(folder, of_state)
         self.chain: ChainInfo = chain
-        self.state = _fit(self.model, state, precision)
+        self.state = _fit(self.model, state, of_state)
         self.request = read_request(folder)
         self.info = self._info(model_id(folder), "features" if with_features else None)
+        self.step: Step | None = None
+        self.data: Path | None = None
         self.samples: Samples | None = None
         self.measured_on = ""
         self.not_tested: list[str] = []
@@ -181,29 +203,109 @@ class Export:
         from gsforget.export.build.parity import find_samples
 
         stored = Path(self.request["data"]) if self.request.get("data") else None
-        data = given or (stored if stored and stored.is_dir() else None)
+        self.data = data = given or (stored if stored and stored.is_dir() else None)
         if data is None:
             self.not_tested.append(
                 "accuracies of the artifact: no images were given with --data; parity is on seeded noise"
             )
             return
+        self.samples = find_samples(data, *self._classes(), self.config.forgotten)
+
+    def _classes(self) -> tuple[list[str], list[str]]:
+        """Folder names in index order, and those of them that were erased."""
         names = self.request.get("names") or self.config.class_names
-        erased = [names[i] for i in self.config.forgotten]
-        self.samples = find_samples(data, names, erased, self.config.forgotten)
+        return names, [names[i] for i in self.config.forgotten]
+
+    def follow(self, step: Step) -> None:
+        """Make the int8 file from the one before an erasure, with its scales."""
+        from gsforget.export.build.int8 import ANEW
+
+        if step.before.onnx is None:
+            raise RequestError(
+                "The int8 file of the model before the erasure is gone, and its scales with it.",
+                f"Restore it from a backup. {ANEW}",
+                "no_base",
+            )
+        self.step = step
 
     def write_onnx(self, scratch: Path) -> None:
+        """Write the ONNX file at the export's precision into a folder that nobody else reads."""
+        if self.precision == "int8":
+            self._write_int8(scratch)
+            return
+        path = scratch / f"{self._stem}.onnx"
+        extra = self._write_exact(path, self.info)
+        self.made.append(Made(path, "onnx", [], extra))
+
+    @property
+    def _stem(self) -> str:
+        return f"model-{self.config.sequence:04d}-{self.precision}{'-features' if self.info.features_name else ''}"
+
+    def _write_exact(self, path: Path, info: ArtifactInfo) -> dict[str, Any]:
+        """Write the state as it is; returns fields for the file's sidecar."""
         from gsforget.export.build.onnx import data_files, export_onnx
         from gsforget.export.build.trt import erasable
 
         self.progress("writing ONNX")
-        with_features = "-features" if self.info.features_name else ""
-        path = scratch / f"model-{self.config.sequence:04d}-{self.precision}{with_features}.onnx"
-        unused = export_onnx(self.model, self.state, self.info, path)
+        unused = export_onnx(self.model, self.state, info, path)
         if unused:
             self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
         files = {p.name: sha256(p) for p in data_files(path)}
         extra = {"erasable": erasable(self.model, self.info.preprocess.input_size)}
-        self.made.append(Made(path, "onnx", [], {**extra, "data_files": files} if files else extra))
+        return {**extra, "data_files": files} if files else extra
+
+    def _write_int8(self, scratch: Path) -> None:
+        from gsforget.export.build import int8
+        from gsforget.export.build.trt import erasable
+
+        path = scratch / f"{self._stem}.onnx"
+        if self.step is None:
+            extra = self._calibrate(path)
+            self.chain = int8.first_in_chain(self.config.sequence)
+        else:
+            self.progress("taking the erasure into the int8 file before it, with its scales")
+            kept, self.chain = int8.write_next(self.step, self.info, path)
+            extra = {"erasable": erasable(self.model, self.info.preprocess.input_size), "erasure_kept": kept}
+        self.made.append(Made(path, "onnx", [], extra))
+
+    def _calibrate(self, path: Path) -> dict[str, Any]:
+        """Write a first int8 file; returns fields for its sidecar."""
+        from gsforget.export.build.calibrate import calibrate, calibration_images
+
+        self.progress("calibrating int8 on training images")
+        images = calibration_images(
+            self.calibration_data(), *self._classes(), self.config.forgotten, self.info.preprocess
+        )
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            plain = Path(folder) / "fp32.onnx"
+            extra = self._write_exact(plain, dataclasses.replace(self.info, precision="fp32"))
+            calibrate(plain, path, self.info, images, extra["erasable"])
+        return extra
+
+    def calibration_data(self) -> Path:
+        """The image folder to calibrate on.  Raises RequestError ``no_calibration`` where there is none."""
+        if self.data is None:
+            raise RequestError(
+                "At int8, the ranges of activations are measured on training images, and none were given.",
+                "Add --data DIR; or --from PREVIOUS, for the file before with its scales.",
+                "no_calibration",
+            )
+        return self.data
+
+    def take_int8(self, place: Path, scratch: Path) -> bool:
+        """Take the int8 file that was exported of this very model, so that its scales go on; whether there is one."""
+        from gsforget.export.build.chain import ChainInfo
+        from gsforget.export.device.metadata import check_hash
+
+        path = place / f"{self._stem}.onnx"
+        sidecar = check_hash(path) if path.is_file() else None
+        if sidecar is None or sidecar.get("source_sha256") != sha256(self.folder / WEIGHTS):
+            return False
+        shutil.copyfile(path, scratch / path.name)
+        self.chain = ChainInfo(**sidecar["chain"])
+        extra: dict[str, Any] = {k: sidecar[k] for k in ("erasable", "erasure_kept") if k in sidecar}
+        self.made.append(Made(scratch / path.name, "onnx", [], extra))
+        return True
 
     def check(self) -> None:
         """Parity of the ONNX file with the model, and the run's gates on the file itself."""
@@ -274,64 +376,6 @@ def open_at(onnx_file: Path, precision: str, scratch: Path) -> tuple[OnnxPredict
     if precision == "bf16":
         return bfloat16.open_emulated(onnx_file, scratch), bfloat16.MEASURED_ON
     return OnnxPredictor(onnx_file, "cpu"), "onnxruntime"
-
-
-@dataclass
-class _Repository:
-    """A Triton repository that an export goes into, checked before the work is done."""
-
-    path: Path
-    served: Served
-
-    @classmethod
-    def plan(
-        cls, path: str | Path | None, info: ArtifactInfo, onnx: bool, plan: Plan | None, sizes: tuple[int, int, int]
-    ) -> _Repository | None:
-        from gsforget.export.device import triton
-
-        if path is None:
-            return None
-        if onnx and plan:
-            raise RequestError(
-                "A Triton model is one file.",
-                "Type --triton-repo with --trt or with --onnx, not with both.",
-                "two_kinds",
-            )
-        served = triton.Served("engine" if plan else "onnx", info, sizes, plan.backend if plan else "")
-        triton.check(Path(path), served)
-        return cls(Path(path), served)
-
-    def fill(self, published: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-        from gsforget.export.device.triton import publish
-
-        file, content = published[self.served.kind]
-        data = [file.with_name(name) for name in content.get("data_files", ())]
-        return publish(self.path, self.served, file, content, data)
-
-
-def find_place(folder: Path, out: Path | None) -> Path:
-    """Where artifacts go.  Raises RequestError for a place inside an original model."""
-    from gsforget.export.build.chain import REQUEST
-
-    read_config(folder)
-    is_run = (folder / REQUEST).is_file()
-    place = out or (folder / "artifacts" if is_run else Path("artifacts"))
-    inside = folder.resolve() in (place.resolve(), *place.resolve().parents)
-    if inside and not is_run:
-        raise RequestError(
-            f"{place} lies in {folder}, an original model, which is never written to.",
-            "Name another folder: --out DIR.",
-            "out_in_original",
-        )
-    if place.resolve() == folder.resolve():
-        raise RequestError(
-            f"{place} is the run itself; its files never change.",
-            "Leave --out out: artifacts go to RUN/artifacts.",
-            "bad_out",
-        )
-    if place.exists() and not place.is_dir():
-        raise RequestError(f"{place} is not a folder.", "Name a folder: --out DIR.", "bad_out")
-    return place
 
 
 def _fit(model: nn.Module, state: dict[str, Tensor], precision: str) -> dict[str, Tensor]:

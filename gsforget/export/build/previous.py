@@ -9,7 +9,6 @@ from typing import Any
 
 from gsforget.errors import RequestError
 from gsforget.export.build.chain import REQUEST
-from gsforget.export.build.exporter import PRECISIONS
 from gsforget.export.device.metadata import check_hash, read_sidecar, sidecar_path
 from gsforget.folder import WEIGHTS, read_config, sha256
 from gsforget.lineage import ancestors
@@ -97,8 +96,8 @@ def _check_given(run: Path, request: Mapping[str, Any], given: Path, parent: str
         raise _not_parent(run, request, given)
     own = sidecar.get("precision")
     if own != precision:
-        hint = f"Type --precision {own}." if own in PRECISIONS else "Name the file that it was quantised from."
-        raise RequestError(f"{given} is {own}, and the patch would be {precision}.", hint, "wrong_precision")
+        message = f"{given} is {own}, and what follows it would be {precision}."
+        raise RequestError(message, f"Type --precision {own}.", "wrong_precision")
 
 
 def _not_parent(run: Path, request: Mapping[str, Any], given: Path) -> RequestError:

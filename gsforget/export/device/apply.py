@@ -15,27 +15,21 @@ from pathlib import Path
 
 from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import GsforgetError, RequestError, SafetyError
+from gsforget.export.device.changes import PatchedArtifact
+from gsforget.export.device.counters import Acknowledge, RollbackCounter
 from gsforget.export.device.edit import Edits
-from gsforget.export.device.files import copy_file, flush_folder, sha256
-from gsforget.export.device.keys import ROTATION, Trust, read_json, read_public_key, read_rotation
-from gsforget.export.device.manifest import Manifest, PatchedArtifact, is_plain_name
+from gsforget.export.device.files import copy_file, flush_folder, is_plain_name, read_json, sha256
+from gsforget.export.device.keys import read_public_key
+from gsforget.export.device.lock import WAIT
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, sidecar_path
 from gsforget.export.device.opening import load, try_out
 from gsforget.export.device.package import Package, read_package, verify
+from gsforget.export.device.records import Held, Intent, Made, State
 from gsforget.export.device.rollforward import Applied, RollForward, Swap, is_done, open_base
 from gsforget.export.device.runtime import SUFFIXES, Predictor, check_artifact
-from gsforget.export.device.store import (
-    REPAIR,
-    WAIT,
-    Acknowledge,
-    DeviceFolder,
-    Held,
-    Intent,
-    Made,
-    RollbackCounter,
-    State,
-    file_sha256,
-)
+from gsforget.export.device.store import REPAIR, DeviceFolder, file_sha256
+from gsforget.export.device.trust import ROTATION, Trust, read_rotation
 
 SLACK = 2**20  # bytes that stay free beside what is written
 

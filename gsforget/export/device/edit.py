@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from gsforget.errors import SafetyError
+from gsforget.export.device.changes import GiveEdit, PatchedArtifact, TensorChange, TensorEdit
 from gsforget.export.device.factors import STORED, Factors
-from gsforget.export.device.manifest import GiveEdit, Manifest, PatchedArtifact, TensorChange, TensorEdit
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.store import REPAIR
 
 WORKERS = min(4, os.cpu_count() or 1)
@@ -114,7 +115,7 @@ class Edits:
         weight = raw.reshape(columns, rows).T if edit.transposed else raw.reshape(rows, columns)
         if hashlib.sha256(_bytes(weight)).hexdigest() != change.before:
             raise _wrong_base(f"Tensor {change.name} of the old file is not the one that the package changes")
-        new = self._factors(change).apply(weight, change.dtype, self._scale(change))
+        new = self._factors(change).apply(weight, change.dtype, self._scales(change))
         if hashlib.sha256(_bytes(new)).hexdigest() != change.after:
             raise _wrong_result(f"tensor {change.name}")
         return new
@@ -129,15 +130,17 @@ class Edits:
             np.frombuffer(self.payload, "<i4", rank, eb),
         )
 
-    def _scale(self, change: TensorChange) -> np.ndarray | None:
+    def _scales(self, change: TensorChange) -> tuple[np.ndarray, np.ndarray] | None:
         if change.scale is None:
             return None
         axis = change.scale.axis
         count = 1 if axis is None else change.shape[axis]
-        scale = np.frombuffer(self.payload, "<f4", count, change.scale.at)
-        if not (np.isfinite(scale) & (scale > 0)).all():
+        before, after = (
+            np.frombuffer(self.payload, "<f4", count, at) for at in (change.scale.before, change.scale.after)
+        )
+        if not all((np.isfinite(s) & (s > 0)).all() for s in (before, after)):
             raise _wrong_result(f"the scale of tensor {change.name}")
-        return scale[:, None] if axis == 0 else scale[None, :]
+        return (before[:, None], after[:, None]) if axis == 0 else (before[None, :], after[None, :])
 
 
 def rest_sha256(old: memoryview | bytes, edits: tuple[TensorEdit | GiveEdit, ...]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from gsforget.errors import RequestError
 from gsforget.export.device import triton
 from gsforget.export.device.builder import build_engine
-from gsforget.export.device.files import sha256
+from gsforget.export.device.files import check_folder, sha256
 from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
 from gsforget.export.device.onnx_file import read_properties
 from gsforget.export.device.sidecar import describe, write_sidecar
@@ -141,8 +141,7 @@ def _place(path: Path, out: Path | None) -> Path:
             "Name another folder: --out DIR.",
             "bad_out",
         )
-    if place.exists() and not place.is_dir():
-        raise RequestError(f"{place} is not a folder.", "Name a folder: --out DIR.", "bad_out")
+    check_folder(place)
     place.mkdir(parents=True, exist_ok=True)
     return place
 

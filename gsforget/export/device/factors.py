@@ -69,23 +69,27 @@ class Factors:
             out[rows] = block
         return out
 
-    def apply(self, weight: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+    def apply(self, weight: np.ndarray, dtype: str, scales: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
         """round_p(W + D).
 
         Args:
             weight: [rows, columns] as stored: float32, float16, bit patterns of bfloat16 in uint16, or int8.
             dtype: a key of ``STORED``.
-            scale: of int8: float32, broadcast against the weight; it stays as it is, and the new weight is
-                clip(round((W * scale + D) / scale)), from -128 to 127.
+            scales: of int8, before and after, float32, broadcast against the weight: the new weight is
+                clip(round((W * before + D) / after)), from -127 (-128 where the weight holds that already) to 127.
 
         Returns:
             The new weight, as stored.  Raises SafetyError ``out_of_range`` where a value does not fit.
         """
         out = np.empty(weight.shape, STORED[dtype])
+        least = min(int(weight.min()), -127) if dtype == "int8" else 0
         for rows, block in self.blocks():
-            of = None if scale is None else np.broadcast_to(scale, weight.shape)[rows].astype(np.float64)
-            block += widen(weight[rows], dtype, of)
-            out[rows] = narrow(block, dtype, of)
+            before, after = (
+                None if s is None else np.broadcast_to(s, weight.shape)[rows].astype(np.float64)
+                for s in scales or (None, None)
+            )
+            block += widen(weight[rows], dtype, before)
+            out[rows] = narrow(block, dtype, after, least)
         return out
 
 
@@ -97,13 +101,14 @@ def widen(stored: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np
     return wide if scale is None else wide * scale
 
 
-def narrow(values: np.ndarray, dtype: str, scale: np.ndarray | None = None) -> np.ndarray:
+def narrow(values: np.ndarray, dtype: str, scale: np.ndarray | None = None, least: int = -127) -> np.ndarray:
     """Round float64 once, to nearest even, to a stored type.
 
-    Raises SafetyError ``out_of_range`` where a value is beyond the type's largest; int8 is clipped instead.
+    Raises SafetyError ``out_of_range`` where a value is beyond the type's largest; int8 is clipped instead, to
+    ``least`` and 127.
     """
     if dtype == "int8":
-        return np.clip(np.rint(values / scale), -128, 127).astype(np.int8)
+        return np.clip(np.rint(values / scale), least, 127).astype(np.int8)
     with np.errstate(over="ignore"):
         rounded = to_bfloat16(values) if dtype == "bfloat16" else values.astype(STORED[dtype])
     bits, exponent = EXPONENT[dtype]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from gsforget.errors import RequestError
 
 PARTIAL = ".partial"  # ends the name of a file that is being written; a dot begins it
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, on Windows
 CHUNK = 2**22  # bytes that are copied at a time
 
 
@@ -48,6 +53,24 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.  Raises RequestError ``bad_file`` for an absent file and for anything else."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read ({error.strerror}).", "Check the path.", "bad_file") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON ({error}).", "Name another file.", "bad_file") from error
+    if not isinstance(raw, dict):
+        raise RequestError(f"{path} does not hold a JSON object.", "Name another file.", "bad_file")
+    return raw
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object for people and programs, complete or not at all."""
+    write_file(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
 def flush_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename in it survives a power cut; does nothing on Windows."""
     if os.name == "nt":
@@ -57,3 +80,17 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text can only be the name of a file inside the folder where it is put, on any system."""
+    if not 1 <= len(name.encode(errors="replace")) <= 200 or name != name.strip() or name.endswith("."):
+        return False
+    plain = all(c.isprintable() and c not in '/\\:*?"<>|' for c in name)
+    return plain and not name.startswith(".") and not RESERVED.fullmatch(name)
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Raise RequestError ``bad_out`` where something that is no folder has the name of one that ``option`` gave."""
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path} is not a folder.", f"Name a folder: {option} DIR.", "bad_out")

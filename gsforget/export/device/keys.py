@@ -1,17 +1,14 @@
-"""Keys: Ed25519 for signatures, X25519 for payloads, and which public keys a device trusts, from and until when.
+"""Keys: Ed25519 for signatures, X25519 for payloads, their files, and where they are looked for.
 
-A signing key belongs to the people who erase; a device knows its public half only.  A rotation names the next key and
-is signed by the one before it, so that trust is passed on and never asked for again.
+A signing key belongs to the people who erase; a device knows its public half only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import write_file
+from gsforget.export.device.files import read_json, write_json
 from gsforget.export.device.manifest import Encryption
 
 FORMAT = 1
-SIGNING, FLEET, ROTATION = "signing", "fleet", "rotation"
+SIGNING, FLEET = "signing", "fleet"
 FILES = {SIGNING: ("signing.key", "signing.pub.json"), FLEET: ("fleet.key", "fleet.pub.json")}
-ROTATED = b"gsforget rotation 1\n"
 SEALED = b"gsforget patch payload 1\n"
 ENVIRONMENT = "GSFORGET_KEY"
 LARGEST_SEALED = 2**31 - 32  # bytes that the cipher takes at once
@@ -241,7 +236,7 @@ def read_public_key(path: Path, kind: str = SIGNING) -> PublicKey:
     """A public key from its JSON file.  Raises RequestError ``bad_key`` for anything else."""
     raw = read_json(path)
     try:
-        key = PublicKey(str(raw["kind"]), _public(raw["public"]))
+        key = PublicKey(str(raw["kind"]), raw_public(raw["public"]))
         fits = set(raw) == set(key.to_json()) and raw == key.to_json() and key.kind == kind
     except (KeyError, TypeError, ValueError):
         fits = False
@@ -250,215 +245,8 @@ def read_public_key(path: Path, kind: str = SIGNING) -> PublicKey:
     return key
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """The next signing key, and the sequence from which it counts, signed by the key before it."""
-
-    old: str
-    new: PublicKey
-    from_sequence: int
-    signature: bytes = b""
-
-    def statement(self) -> dict[str, Any]:
-        new = {"key_id": self.new.key_id, "public": self.new.public.hex()}
-        return {"format": FORMAT, "kind": ROTATION, "old": self.old, "new": new, "from_sequence": self.from_sequence}
-
-    def message(self) -> bytes:
-        return ROTATED + canonical(self.statement()).encode()
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.statement(), "signature": self.signature.hex()}
-
-
-def rotate(old: SigningKey, new: PublicKey, from_sequence: int) -> Rotation:
-    """State that packages from a sequence on are signed by a new key.  Raises RequestError ``bad_sequence`` below 1."""
-    if from_sequence < 1:
-        raise RequestError(
-            f"A key cannot count from sequence {from_sequence}.", "Name the next erasure's number.", "bad_sequence"
-        )
-    made = Rotation(old.key_id, new, from_sequence)
-    return replace(made, signature=old.sign(made.message()))
-
-
-def rotate_keys(old: Path | None, out: Path | None, from_sequence: int) -> tuple[Path, Path, Path, Rotation]:
-    """Make the signing key that follows another, and write `rotation.json` beside it.
-
-    Args:
-        old: the key to retire; default as for ``find_signing_key``.
-        out: folder of the new pair; default: `from-N` beside the old key.
-
-    Returns:
-        The paths of the new private key, its public half and the rotation; and the rotation.
-
-    Raises RequestError as ``find_signing_key``, ``new_keys`` and ``rotate`` do.
-    """
-    path = signing_key_path(old)
-    retiring = find_signing_key(old)
-    private, public = new_keys(out or path.parent / f"from-{from_sequence:04d}")
-    made = rotate(retiring, read_public_key(public), from_sequence)
-    statement = private.with_name("rotation.json")
-    write_json(statement, made.to_json())
-    return private, public, statement, made
-
-
-def read_rotation(path: Path) -> Rotation:
-    """A rotation from its file, not yet believed.  Raises RequestError ``bad_rotation`` for anything else."""
-    raw = read_json(path)
-    try:
-        new = PublicKey(SIGNING, _public(raw["new"]["public"]))
-        number, signature = raw["from_sequence"], bytes.fromhex(raw["signature"])
-        made = Rotation(str(raw["old"]), new, number, signature)
-        fits = made.to_json() == raw and type(number) is int and number >= 1
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise RequestError(
-            f"{path} is not a rotation of keys.", "Name rotation.json of gsforget keys rotate.", "bad_rotation"
-        )
-    return made
-
-
-@dataclass(frozen=True)
-class TrustedKey:
-    """A signing key with the first sequence that it may sign, and the first that it may no longer sign (or None)."""
-
-    key: PublicKey
-    first: int = 0
-    until: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"key_id": self.key.key_id, "public": self.key.public.hex(), "from": self.first, "until": self.until}
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What a device trusts: at most one key that counts now, and those that were retired before it, oldest first."""
-
-    keys: tuple[TrustedKey, ...] = ()
-
-    @property
-    def current(self) -> TrustedKey | None:
-        return next((k for k in self.keys if k.until is None), None)
-
-    def find(self, wanted: str, sequence: int) -> PublicKey:
-        """The key that may sign a package of a sequence.
-
-        Raises SafetyError: ``no_trust`` (nothing is trusted yet), ``wrong_key`` (not a key of this device), and
-        ``retired_key`` (the key ended before this sequence, or begins after it).
-        """
-        if not self.keys:
-            raise SafetyError(
-                "This device trusts no signing key yet, so that no package can be believed.",
-                "gsforget keys trust signing.pub.json --device-dir DIR",
-                "no_trust",
-            )
-        found = next((k for k in self.keys if k.key.key_id == wanted), None)
-        if found is None:
-            raise SafetyError(
-                f"The package names signing key {wanted}, which this device does not trust.",
-                "If the key was changed, type gsforget keys trust rotation.json --device-dir DIR first.",
-                "wrong_key",
-            )
-        if sequence < found.first or (found.until is not None and sequence >= found.until):
-            counts = f"from sequence {found.first}" + ("" if found.until is None else f" and until {found.until - 1}")
-            raise SafetyError(
-                f"Signing key {wanted} counts {counts}, and the package has sequence {sequence}.",
-                "Ask for a package that is signed by the key that counts now.",
-                "retired_key",
-            )
-        return found.key
-
-    def add(self, key: PublicKey) -> Trust:
-        """Trust a first key.  The same key again changes nothing; another one is refused (SafetyError ``other_trust``)."""
-        if self.current is None:
-            return Trust((TrustedKey(key),))
-        if self.current.key == key:
-            return self
-        raise SafetyError(
-            f"This device trusts signing key {self.current.key.key_id} already, and not {key.key_id}.",
-            "A new key comes with a rotation that the old one signed: gsforget keys rotate --key OLD.",
-            "other_trust",
-        )
-
-    def rotated(self, rotation: Rotation) -> Trust:
-        """Retire the current key for the next one.  The same rotation again changes nothing.
-
-        Raises SafetyError ``bad_rotation`` where it is not signed by the current key, names a key that was trusted
-        before, or begins before the current key does.
-        """
-        current = self.current
-        if current is None:
-            raise SafetyError("This device trusts no key that could be rotated.", "Trust a key first.", "no_trust")
-        if current.key == rotation.new and self.keys[-2:-1] and self.keys[-2].until == rotation.from_sequence:
-            return self
-        known = {k.key.key_id for k in self.keys}
-        signed = rotation.old == current.key.key_id and current.key.verify(rotation.signature, rotation.message())
-        if not signed or rotation.new.key_id in known or rotation.from_sequence < current.first:
-            raise SafetyError(
-                f"The rotation to key {rotation.new.key_id} is not signed by {current.key.key_id}, the key that this "
-                "device trusts, or leads back to an earlier one.",
-                "Ask for a rotation that is signed by the current key: gsforget keys rotate --key CURRENT.",
-                "bad_rotation",
-            )
-        retired = replace(current, until=rotation.from_sequence)
-        return Trust((*self.keys[:-1], retired, TrustedKey(rotation.new, rotation.from_sequence)))
-
-    def to_json(self) -> dict[str, Any]:
-        current = self.current
-        return {
-            "format": FORMAT,
-            "keys": [current.to_json()] if current else [],
-            "retired": [k.to_json() for k in self.keys if k.until is not None],
-        }
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str) -> Trust:
-        """Raises SafetyError ``bad_trust`` where the content is not what `to_json` gives."""
-        try:
-            entries = [*raw["retired"], *raw["keys"]]
-            keys = [TrustedKey(PublicKey(SIGNING, _public(e["public"])), e["from"], e["until"]) for e in entries]
-            made = cls(tuple(keys))
-            numbers = [n for k in keys for n in (k.first, *(() if k.until is None else (k.until,)))]
-            fits = made.to_json() == raw and all(type(n) is int for n in numbers) and len(raw["keys"]) <= 1
-        except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise SafetyError(
-                f"{where} does not hold trusted keys.", "Restore it, or install the device again.", "bad_trust"
-            )
-        return made
-
-
-def read_trust(path: Path) -> Trust:
-    """What a `trust.json` holds; nothing is trusted where it is absent.  Raises SafetyError ``bad_trust``."""
-    if not path.is_file():
-        return Trust()
-    try:
-        raw = json.loads(path.read_bytes())
-    except ValueError:
-        raw = {}
-    return Trust.from_json(raw if isinstance(raw, dict) else {}, str(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.  Raises RequestError ``bad_file`` for an absent file and for anything else."""
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}).", "Check the path.", "bad_file") from error
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON ({error}).", "Name another file.", "bad_file") from error
-    if not isinstance(raw, dict):
-        raise RequestError(f"{path} does not hold a JSON object.", "Name another file.", "bad_file")
-    return raw
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object for people and programs, complete or not at all."""
-    write_file(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _public(raw: Any) -> bytes:
+def raw_public(raw: Any) -> bytes:
+    """The bytes of a public key from its 64 hexadecimal digits.  Raises ValueError for anything else."""
     if not isinstance(raw, str) or not re.fullmatch("[0-9a-f]{64}", raw):
         raise ValueError("not 64 hexadecimal digits")
     return bytes.fromhex(raw)

@@ -10,8 +10,9 @@ import numpy as np
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.manifest import KnownAnswers
 from gsforget.export.device.metadata import ArtifactInfo
+from gsforget.export.device.records import Held, State
 from gsforget.export.device.runtime import Predictor, open_model
-from gsforget.export.device.store import REPAIR, DeviceFolder, Held, State
+from gsforget.export.device.store import REPAIR, DeviceFolder
 
 NOT_HERE = ("no_runtime", "no_gpu", "no_engine_runtime", "no_kernel")  # kinds of "this machine cannot run it"
 DAMAGED = ("bad_artifact", "bad_metadata", "not_ours")  # kinds of "no machine can"

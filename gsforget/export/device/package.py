@@ -19,8 +19,10 @@ from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import keys
 from gsforget.export.device.files import write_file
-from gsforget.export.device.keys import FleetKey, PublicKey, Trust
-from gsforget.export.device.manifest import TIME, Manifest, bad_package
+from gsforget.export.device.keys import FleetKey, PublicKey
+from gsforget.export.device.manifest import Manifest, bad_package
+from gsforget.export.device.strict_json import TIME
+from gsforget.export.device.trust import Trust
 
 SUFFIX = ".gsf"
 MAGIC, FORMAT = b"GSFPATCH", 1

@@ -12,25 +12,15 @@ from typing import Any
 
 from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import SafetyError
+from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.edit import Edits, mapped
-from gsforget.export.device.files import flush_folder, sha256, write_pieces
-from gsforget.export.device.keys import write_json
-from gsforget.export.device.manifest import PatchedArtifact
+from gsforget.export.device.files import flush_folder, sha256, write_json, write_pieces
 from gsforget.export.device.metadata import sidecar_path
 from gsforget.export.device.opening import Loaded, try_out
 from gsforget.export.device.package import read_package, verify_signature
+from gsforget.export.device.records import Entry, Held, Intent, Made, State
 from gsforget.export.device.runtime import Predictor
-from gsforget.export.device.store import (
-    REPAIR,
-    DeviceFolder,
-    Entry,
-    Held,
-    Intent,
-    Made,
-    State,
-    file_sha256,
-    now_text,
-)
+from gsforget.export.device.store import REPAIR, DeviceFolder, file_sha256, now_text
 
 Swap = Callable[[Predictor | None], None]
 

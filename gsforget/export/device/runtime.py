@@ -75,7 +75,7 @@ def open_model(
 
 
 class OnnxPredictor:
-    """An ONNX file in ONNX Runtime."""
+    """An ONNX file in ONNX Runtime; where it is not ``optimised``, operator by operator as the file says."""
 
     def __init__(
         self,
@@ -83,10 +83,11 @@ class OnnxPredictor:
         device: str = "auto",
         foreign: Mapping[str, Any] | None = None,
         cache: Path | None = None,
+        optimised: bool = True,
     ):
         sidecar = check_hash(path)
         self.path, self.sha256 = path, str(sidecar["sha256"]).lower() if sidecar else sha256(path)
-        self._session = _session(path, _providers(device, cache))
+        self._session = _session(path, _providers(device, cache), optimised)
         if PROVIDERS.get(device, "") not in ("", *self._session.get_providers()):
             raise RequestError(
                 f"ONNX Runtime could not start {PROVIDERS[device]} on this machine.",
@@ -199,10 +200,12 @@ def cache_options(device: str, cache: Path | None) -> dict[str, str]:
     }
 
 
-def _session(path: Path, providers: list[Any]) -> Any:
+def _session(path: Path, providers: list[Any], optimised: bool = True) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    if not optimised:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base

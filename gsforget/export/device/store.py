@@ -8,214 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from gsforget.canonical import FIRST, canonical, line_sha256, read_lines
-from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import PARTIAL, flush_folder, sha256, write_file
-from gsforget.export.device.keys import FleetKey, Trust, read_fleet_key, read_trust, write_json
-from gsforget.export.device.manifest import SUFFIXES, TIME, is_plain_name
+from gsforget.canonical import FIRST, line_sha256, read_lines
+from gsforget.errors import SafetyError
+from gsforget.export.device.counters import AckFolder, Acknowledge, NoCounter, RollbackCounter
+from gsforget.export.device.files import PARTIAL, flush_folder, sha256, write_file, write_json
+from gsforget.export.device.keys import FleetKey, read_fleet_key
+from gsforget.export.device.lock import WAIT, locked
 from gsforget.export.device.metadata import sidecar_path
+from gsforget.export.device.records import Entry, Held, Intent, State
+from gsforget.export.device.strict_json import TIME
+from gsforget.export.device.trust import Trust, read_trust
 
-FORMAT = 1
 STATE, LEDGER, INTENT, PENDING = "state.json", "ledger.jsonl", "intent.json", "pending.gsf"
-TRUST, FLEET_KEY, LOCK = "trust.json", "fleet.key", "lock"
-MODELS, CACHE, ACKS = "models", "cache", "acks"
-KINDS = ("install", "patch", "full")
-WAIT = 60.0  # seconds that one process waits for another
+TRUST, FLEET_KEY = "trust.json", "fleet.key"
+MODELS, CACHE = "models", "cache"
 REPAIR = "Install a full package, made by gsforget export --patch --full: gsforget apply FILE.gsf --device-dir DIR."
-
-
-class RollbackCounter(Protocol):
-    """A counter that cannot be set back, such as a TPM's or a secure element's; one per model.
-
-    With it, a whole disk that was set back is found out: its state lies behind the counter.
-    """
-
-    def read(self, model_id: str) -> int:
-        """The largest sequence that was ever stored for a model; 0 where there is none."""
-        ...
-
-    def advance(self, model_id: str, sequence: int) -> None:
-        """Store a sequence; a smaller one than is stored changes nothing."""
-        ...
-
-
-class Acknowledge(Protocol):
-    """A server that is told what was applied and remembers it."""
-
-    def applied(self, record: Mapping[str, Any]) -> None:
-        """Take a record: ``model_id``, ``sequence``, ``precision``, ``artifacts``, ``ledger``, ``time``."""
-        ...
-
-    def newest(self, model_id: str) -> int:
-        """The largest sequence that was acknowledged for a model; 0 where that is not known."""
-        ...
-
-
-class NoCounter:
-    """The default: the counter is in `state.json` and the ledger, and nothing outlives the disk."""
-
-    def read(self, model_id: str) -> int:
-        return 0
-
-    def advance(self, model_id: str, sequence: int) -> None:
-        """Nothing to do: the state holds it."""
-
-
-class AckFolder:
-    """The default: records go into `acks/` of the device folder, if there is one, for whoever collects them."""
-
-    def __init__(self, root: Path):
-        self.folder = root / ACKS
-
-    def applied(self, record: Mapping[str, Any]) -> None:
-        if self.folder.is_dir():
-            write_json(self.folder / f"{record['sequence']:04d}-{record['ledger'][:16]}.json", record)
-            flush_folder(self.folder)
-
-    def newest(self, model_id: str) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Held:
-    """An artifact in `models/`: its name, kind, SHA-256 and length, and the SHA-256 of its sidecar."""
-
-    name: str
-    kind: str
-    sha256: str
-    bytes: int
-    sidecar: str
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Held:
-        """Raises KeyError, TypeError or ValueError for anything but what `asdict` gives."""
-        made = cls(**raw)
-        digests = (made.sha256, made.sidecar)
-        if made.kind not in SUFFIXES or not is_plain_name(made.name) or not made.name.endswith(SUFFIXES[made.kind]):
-            raise ValueError(f"artifact {made.name!r}")
-        if not all(re.fullmatch("[0-9a-f]{64}", d) for d in digests) or type(made.bytes) is not int:
-            raise ValueError(f"hashes of {made.name}")
-        return made
-
-
-@dataclass(frozen=True)
-class State:
-    """What the device holds now: the counter and its artifacts; ``ledger`` is the SHA-256 of the last ledger line."""
-
-    model_id: str
-    sequence: int
-    precision: str
-    artifacts: tuple[Held, ...]
-    key_id: str | None
-    ledger: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "artifacts": [asdict(a) for a in self.artifacts]}
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> State:
-        artifacts = tuple(Held.from_json(a) for a in raw["artifacts"])
-        names = ("model_id", "sequence", "precision", "key_id", "ledger")
-        made = cls(**{k: raw[k] for k in names}, artifacts=artifacts)
-        _check_same(made.to_json(), raw)
-        return made
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A ledger line.
-
-    Attributes:
-        kind: ``install`` (from an exported artifact), ``patch`` or ``full``.
-        manifest: SHA-256 of the package's manifest; None of an install.
-        key_id: that signed the package; None of an install.
-        time: UTC, to the second.
-        previous: SHA-256 of the line before it.
-        replaced: of a repair where the ledger itself was broken: SHA-256 of that file.
-    """
-
-    model_id: str
-    sequence: int
-    kind: str
-    precision: str
-    artifacts: tuple[Held, ...]
-    manifest: str | None
-    key_id: str | None
-    time: str
-    previous: str
-    replaced: str | None = None
-
-    def line(self) -> str:
-        return canonical({**asdict(self), "artifacts": [asdict(a) for a in self.artifacts]})
-
-    def state(self) -> State:
-        """The state after this line."""
-        digest = line_sha256(self.line())
-        return State(self.model_id, self.sequence, self.precision, self.artifacts, self.key_id, digest)
-
-    @classmethod
-    def parse(cls, line: str) -> Entry:
-        raw = json.loads(line)
-        made = cls(**{**raw, "artifacts": tuple(Held.from_json(a) for a in raw["artifacts"])})
-        if made.line() != line or made.kind not in KINDS or type(made.sequence) is not int or made.sequence < 0:
-            raise ValueError("not a ledger line")
-        return made
-
-
-@dataclass(frozen=True)
-class Made:
-    """An artifact that an intent makes: its new name, and the old file that it is made from (None: from the payload)."""
-
-    name: str
-    base: str | None
-
-
-@dataclass(frozen=True)
-class Intent:
-    """What was begun and has to be finished before anything loads.
-
-    Attributes:
-        kind: as of a ledger line.
-        model_id, sequence: after it.
-        manifest: SHA-256 of the manifest of `pending.gsf`; None of an install.
-        ledger: SHA-256 of the ledger's last line before it.
-        replaced: SHA-256 of a broken ledger that a repair begins anew; else None.
-        artifacts: what is made; all else in `models/` is deleted afterwards.
-    """
-
-    kind: str
-    model_id: str
-    sequence: int
-    manifest: str | None
-    ledger: str
-    replaced: str | None
-    artifacts: tuple[Made, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "artifacts": [asdict(a) for a in self.artifacts]}
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Intent:
-        made = cls(
-            **{k: v for k, v in raw.items() if k not in ("format", "artifacts")},
-            artifacts=tuple(Made(**a) for a in raw["artifacts"]),
-        )
-        _check_same(made.to_json(), raw)
-        names = (*(a.name for a in made.artifacts), *(a.base for a in made.artifacts if a.base))
-        if made.kind not in KINDS or not all(is_plain_name(n) for n in names) or type(made.sequence) is not int:
-            raise ValueError("not an intent record")
-        return made
 
 
 class DeviceFolder:
@@ -231,21 +44,9 @@ class DeviceFolder:
         self.pending = self.root / PENDING
         self.ledger = self.root / LEDGER
 
-    @contextmanager
-    def locked(self, wait: float = WAIT) -> Iterator[None]:
-        """Hold the folder alone.  Raises RequestError ``locked`` where another process keeps it for ``wait`` seconds."""
-        with open(self.root / LOCK, "a+b") as handle:
-            until = time.monotonic() + wait
-            while not _try_lock(handle.fileno()):
-                if time.monotonic() >= until:
-                    raise RequestError(
-                        f"{self.root} is in use by another gsforget.", "Wait until it has finished.", "locked"
-                    )
-                time.sleep(0.02)
-            try:
-                yield
-            finally:
-                _unlock(handle.fileno())
+    def locked(self, wait: float = WAIT) -> AbstractContextManager[None]:
+        """Hold the folder alone, see ``lock.locked``."""
+        return locked(self.root, wait)
 
     def trust(self) -> Trust:
         return read_trust(self.root / TRUST)
@@ -493,38 +294,5 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _check_same(made: dict[str, Any], raw: Mapping[str, Any]) -> None:
-    if made != raw or type(raw["sequence"]) is not int:
-        raise ValueError("other fields than a device writes")
-
-
 def _lines(path: Path) -> list[str]:
     return path.read_bytes().decode(errors="replace").split("\n") if path.is_file() else []
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _unlock(descriptor: int) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import flush_folder, write_file
+from gsforget.export.device.files import check_folder, flush_folder, write_file
 from gsforget.export.device.metadata import ArtifactInfo
 from gsforget.export.device.sidecar import write_sidecar
 
@@ -62,8 +62,7 @@ def check(repository: Path, served: Served) -> None:
         SafetyError: kind ``rollback``: the repository holds a later erasure.
     """
     info, folder = served.info, repository / served.name
-    if repository.exists() and not repository.is_dir():
-        raise RequestError(f"{repository} is not a folder.", "Name a folder: --triton-repo DIR.", "bad_out")
+    check_folder(repository, "--triton-repo")
     if info.sequence < 1:
         raise RequestError(
             "Triton counts versions from 1, and the version of a model here is its number of erasures: an original has none.",

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,29 @@ World = _load_world().World
 def quick_disk(monkeypatch):
     """No waiting for the disk; whether flushes come where they must is tested by `test_kills.py`."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def start_command():
+    """start_command("serve", …): the process of a gsforget command that Ctrl-C reaches; killed at the end."""
+    running = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gsforget", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        if not process.stdout.closed:
+            process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """New files from old ones: what the edits say, at every precision, and nothing where anything does not fit."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsforget.errors import SafetyError
+from gsforget.export.device.changes import Digest, GiveEdit, PatchedArtifact, Scale, TensorChange, TensorEdit
 from gsforget.export.device.edit import Edits, mapped, rest_sha256
 from gsforget.export.device.factors import Factors, narrow
-from gsforget.export.device.manifest import Digest, GiveEdit, Manifest, PatchedArtifact, Scale, TensorChange, TensorEdit
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.package import plain_payload
 
 
@@ -33,8 +35,8 @@ class Case:
         scale, scales = None, np.empty(0, np.float32)
         if dtype == "int8":
             weight = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
-            scales = rng.uniform(0.01, 1, 1 if axis is None else (rows, columns)[axis]).astype(np.float32)
-            scale = scales[:, None] if axis == 0 else scales[None, :]
+            scales = rng.uniform(0.01, 1, (2, 1 if axis is None else (rows, columns)[axis])).astype(np.float32)
+            scale = tuple(s[:, None] if axis == 0 else s[None, :] for s in scales)
         else:
             weight = narrow(rng.standard_normal((rows, columns)), dtype)
         new = self.factors.apply(weight, dtype, scale)
@@ -53,7 +55,7 @@ class Case:
         )
         change = TensorChange(
             "w", dtype, (rows, columns), rank, tuple(at[:4]), sha(before), sha(after),
-            Scale(at[4], axis) if dtype == "int8" else None,
+            Scale(at[4], at[4] + scales.nbytes // 2, axis) if dtype == "int8" else None,
         )  # fmt: skip
         self.artifact = PatchedArtifact(
             "engine", "new.engine", (), None, Digest(sha(self.old), len(self.old)), Digest(sha(self.new), len(self.new)),
@@ -125,8 +127,8 @@ def test_other_factors_never_give_another_file(chain, data):
 
 def test_scales_that_cannot_be_are_refused(chain):
     case = Case(chain, "int8")
-    at = case.manifest.tensors[0].scale.at
-    for wrong in (0.0, -1.0, np.inf, np.nan):
+    scale = case.manifest.tensors[0].scale
+    for wrong, at in itertools.product((0.0, -1.0, np.inf, np.nan), (scale.before, scale.after)):
         payload = case.payload[:at] + np.float32(wrong).tobytes() + case.payload[at + 4 :]
         with pytest.raises(SafetyError) as caught:
             case.make(payload=payload)

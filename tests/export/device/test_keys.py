@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import keys
 from gsforget.export.device.apply import apply, trust_key
-from gsforget.export.device.keys import Trust
+from gsforget.export.device.files import write_json
+from gsforget.export.device.trust import Trust, read_rotation, rotate
 
 
 @pytest.fixture
@@ -90,52 +91,52 @@ def test_trust_is_given_once(three):
 
 def test_a_rotation_passes_trust_on_from_a_sequence(three):
     first, second, third = three
-    trust = Trust().add(first.public).rotated(keys.rotate(first, second.public, 5))
+    trust = Trust().add(first.public).rotated(rotate(first, second.public, 5))
     assert trust.find(first.key_id, 4) == first.public
     assert trust.find(second.key_id, 5) == second.public
     for key, sequence in ((first, 5), (second, 4)):
         with pytest.raises(SafetyError) as caught:
             trust.find(key.key_id, sequence)
         assert caught.value.kind == "retired_key"
-    assert trust.rotated(keys.rotate(first, second.public, 5)) == trust  # told twice
-    again = trust.rotated(keys.rotate(second, third.public, 7))
+    assert trust.rotated(rotate(first, second.public, 5)) == trust  # told twice
+    again = trust.rotated(rotate(second, third.public, 7))
     assert again.find(second.key_id, 6) == second.public
     assert Trust.from_json(again.to_json(), "trust.json") == again
 
 
 def test_rotations_that_are_refused(three, tmp_path):
     first, second, third = three
-    trust = Trust().add(first.public).rotated(keys.rotate(first, second.public, 5))
+    trust = Trust().add(first.public).rotated(rotate(first, second.public, 5))
     for wrong in (
-        keys.rotate(first, third.public, 6),  # signed by a retired key
-        keys.rotate(third, third.public, 6),  # by a stranger
-        keys.rotate(second, first.public, 6),  # back to a retired key
-        keys.rotate(second, third.public, 4),  # before the current key begins
+        rotate(first, third.public, 6),  # signed by a retired key
+        rotate(third, third.public, 6),  # by a stranger
+        rotate(second, first.public, 6),  # back to a retired key
+        rotate(second, third.public, 4),  # before the current key begins
     ):
         with pytest.raises(SafetyError) as caught:
             trust.rotated(wrong)
         assert caught.value.kind == "bad_rotation"
-    good = keys.rotate(second, third.public, 6)
+    good = rotate(second, third.public, 6)
     for path, value in (("from_sequence", 7), ("old", first.key_id), ("new", first.public.to_json())):
         changed = {**good.to_json(), path: value}
         if path == "new":
             changed["new"] = {"key_id": first.key_id, "public": first.public.public.hex()}
         (tmp_path / "rotation.json").write_text(json.dumps(changed))
         with pytest.raises(SafetyError):
-            trust.rotated(keys.read_rotation(tmp_path / "rotation.json"))
+            trust.rotated(read_rotation(tmp_path / "rotation.json"))
     (tmp_path / "rotation.json").write_text(json.dumps({**good.to_json(), "more": 1}))
     with pytest.raises(RequestError):
-        keys.read_rotation(tmp_path / "rotation.json")
+        read_rotation(tmp_path / "rotation.json")
     with pytest.raises(SafetyError):
         Trust().rotated(good)
     with pytest.raises(RequestError):
-        keys.rotate(first, second.public, 0)
+        rotate(first, second.public, 0)
 
 
 def test_a_device_follows_a_rotation_and_its_counter_stays(chain, device, three, tmp_path):
     new = three[0]
     rotation = tmp_path / "rotation.json"
-    keys.write_json(rotation, keys.rotate(chain.key, new.public, 2).to_json())
+    write_json(rotation, rotate(chain.key, new.public, 2).to_json())
     early = chain.patch(2, "early.gsf", new)
     apply(chain.root / "patch-0001-fp32.gsf", device)
     with pytest.raises(SafetyError) as caught:

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from gsforget.canonical import canonical
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device import keys
-from gsforget.export.device.manifest import Manifest, is_plain_name
+from gsforget.export.device.files import is_plain_name
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.package import HEADER, MAGIC, SIGNED, read_package, verify, write_package
+from gsforget.export.device.trust import Trust
 
 
 @pytest.fixture(scope="module")
 def trust(chain):
-    return keys.Trust().add(chain.key.public)
+    return Trust().add(chain.key.public)
 
 
 def believe(path, trust, fleet=None):
@@ -296,7 +298,7 @@ def test_signature_key_and_expiry(chain, trust, tmp_path):
     for path, trusted, kind in (
         (strange, trust, "wrong_key"),
         (posing, trust, "bad_signature"),
-        (strange, keys.Trust(), "no_trust"),
+        (strange, Trust(), "no_trust"),
     ):
         with pytest.raises(SafetyError) as caught:
             believe(path, trusted)

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from urllib.parse import urlsplit
@@ -311,37 +309,26 @@ def test_a_lone_file_is_served_without_patches(start, chain, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------- end
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_the_command_ends_on_a_signal_and_answers_what_is_in_flight(device, number, status):
-    command = [sys.executable, "-m", "gsforget", "serve", str(device), "--port", "0", "--device", "cpu", "--json"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
-    )
-    try:
-        lines = [process.stdout.readline()]
-        while lines[-1].rstrip() != "}":
-            assert lines[-1], process.stderr.read()
-            lines.append(process.stdout.readline())
-        started = json.loads("".join(lines))
-        assert (started["sequence"], started["pid"]) == (0, process.pid)
-        body = json.dumps({"images": [base64.b64encode(picture(i)).decode() for i in range(200)]})
-        where = urlsplit(started["url"])
-        client = http.client.HTTPConnection(where.hostname, where.port, timeout=20)
-        client.request("POST", "/infer", body, {"Content-Type": "application/json"})
-        assert ask(started["url"], "GET", "/health")[0] == 200, "connections are taken in their order"
-        process.send_signal(number)
-        answer = client.getresponse()
-        assert answer.status == 200
-        assert len(json.loads(answer.read())["images"]) == 200
-        client.close()
-        assert process.wait(60) == status
-        assert not (device / SERVE).exists()
-    finally:
-        process.kill()
-        process.communicate()
+def test_the_command_ends_on_a_signal_and_answers_what_is_in_flight(device, start_command, number, status):
+    process = start_command("serve", device, "--port", "0", "--device", "cpu", "--json")
+    lines = [process.stdout.readline()]
+    while lines[-1].rstrip() != "}":
+        assert lines[-1], process.stderr.read()
+        lines.append(process.stdout.readline())
+    started = json.loads("".join(lines))
+    assert (started["sequence"], started["pid"]) == (0, process.pid)
+    body = json.dumps({"images": [base64.b64encode(picture(i)).decode() for i in range(200)]})
+    where = urlsplit(started["url"])
+    client = http.client.HTTPConnection(where.hostname, where.port, timeout=20)
+    client.request("POST", "/infer", body, {"Content-Type": "application/json"})
+    assert ask(started["url"], "GET", "/health")[0] == 200, "connections are taken in their order"
+    process.send_signal(number)
+    answer = client.getresponse()
+    assert answer.status == 200
+    assert len(json.loads(answer.read())["images"]) == 200
+    client.close()
+    assert process.wait(60) == status
+    assert not (device / SERVE).exists()
 
 
 def test_a_request_after_the_end_is_refused(start, device):

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -136,35 +134,14 @@ def test_folders_that_cannot_be_watched(inbox, tmp_path, chain):
         Source(inbox)
 
 
-def test_the_command_ends_on_ctrl_c(inbox, device):
+def test_the_command_ends_on_ctrl_c(inbox, device, start_command):
     (inbox / "a.png").write_bytes(picture())
-    command = [
-        sys.executable,
-        "-m",
-        "gsforget",
-        "infer",
-        str(device),
-        "--watch",
-        str(inbox),
-        "--device",
-        "cpu",
-        "--json",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
-    )
-    try:
-        until = time.monotonic() + 60
-        while not lines(inbox) and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    process = start_command("infer", device, "--watch", inbox, "--device", "cpu", "--json")
+    until = time.monotonic() + 60
+    while not lines(inbox) and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert json.loads(out)["error"]["kind"] == "interrupted", "one document, as of every command"
     assert paths(lines(inbox)) == ["a.png"]

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from gsforget.export.device.changes import GiveEdit, TensorEdit
 from gsforget.export.device.edit import rest_sha256
 from gsforget.export.device.factors import Factors, narrow
 from gsforget.export.device.keys import SigningKey, new_keys, read_signing_key
-from gsforget.export.device.manifest import GiveEdit, TensorEdit
 from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo, sidecar_path
 from gsforget.export.device.opening import noise
 from gsforget.export.device.package import write_package

@@ -1,0 +1,443 @@
+"""int8 along a chain of erasures: each step in closed form, and from calibration to the device by patches."""
+
+import json
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+
+from gsforget.errors import GateError, RequestError
+from gsforget.export.build import export_model, export_patch
+from gsforget.export.build.calibrate import calibration_images
+from gsforget.export.build.int8 import Int8Weight, after_erasure, int8_weights, next_scale, next_weight, read_int8
+from gsforget.export.build.locate import NotLocated
+from gsforget.export.device.apply import apply, open_device
+from gsforget.export.device.factors import Factors
+from gsforget.export.device.keys import new_keys
+from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo
+from gsforget.export.device.onnx_file import read_properties
+from gsforget.export.device.package import read_package
+from gsforget.export.device.preprocess import Preprocess
+from gsforget.folder import sha256
+from gsforget.lora.grid import read_delta, to_grid
+
+FC1 = "blocks.0.mlp.fc1.weight"
+INFO = ArtifactInfo(["a", "forgotten-1"], (1,), 1, Preprocess((3, 4, 4), (0.5,) * 3, (0.5,) * 3), "int8", "0" * 16)
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+def exactly(value: int, before: float, after: float, change: Fraction, least: int) -> int:
+    """clip(round((s W + D) / s')) in rational arithmetic, to nearest even."""
+    return min(127, max(least, round((Fraction(before) * value + change) / Fraction(after))))
+
+
+@given(hnp.arrays(np.int8, (5, 3)), st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 1]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_step_is_one_rounding_of_the_exact_sum_and_the_device_does_the_same(values, seed, axis, frozen):
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.01, 0.1, 1 if axis is None else (5, 3)[axis]).astype(np.float32)
+    weight = Int8Weight("w_quantized", "w_scale", False, scale, axis)
+    f = Factors(
+        rng.integers(-99, 100, (2, 3), dtype=np.int16),
+        rng.integers(-99, 100, (5, 2), dtype=np.int16),
+        np.array([-7, -8], np.int32),
+        np.array([-5, -6], np.int32),
+    )
+    powers = [Fraction(2) ** int(e) for e in f.ea + f.eb]
+    products = [[sum(int(f.b[i, r]) * int(f.a[r, j]) * powers[r] for r in (0, 1)) for j in range(3)] for i in range(5)]
+    grown = scale if frozen else next_scale(values, weight, f.product())
+    before, after = (np.broadcast_to(replace(weight, scale=s).spread(), (5, 3)) for s in (scale, grown))
+    least = -128 if (values == -128).any() else -127
+    wanted = [
+        [exactly(int(values[i, j]), before[i, j], after[i, j], products[i][j], least) for j in range(3)]
+        for i in range(5)
+    ]
+    made = next_weight(values, before, after, f.product())
+    assert made.dtype == np.int8
+    assert made.tolist() == wanted
+    spread = tuple(replace(weight, scale=s).spread().astype(np.float32) for s in (scale, grown))
+    assert f.apply(values, "int8", spread).tolist() == wanted
+
+
+@given(hnp.arrays(np.int8, (5, 3)), st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 1]))
+@settings(max_examples=40, deadline=None)
+def test_scales_stay_where_the_range_suffices_and_grow_to_what_is_needed(values, seed, axis):
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.01, 0.1, 1 if axis is None else (5, 3)[axis]).astype(np.float32)
+    weight = Int8Weight("w_quantized", "w_scale", False, scale, axis)
+    product = rng.standard_normal((5, 3))
+    exact = values * weight.spread() + product
+    grown = next_scale(values, weight, product)
+    groups = {None: [exact], 0: list(exact), 1: list(exact.T)}[axis]
+    for group, was, now in zip(groups, scale, grown, strict=True):
+        needed = np.abs(group).max()
+        assert now == (was if np.round(needed / was) <= 127 else np.float32(needed / 127))
+    new = next_weight(values, weight.spread(), replace(weight, scale=grown).spread(), product)
+    error = np.abs(new * replace(weight, scale=grown).spread() - exact)
+    assert (error <= (0.5 + 1e-4) * replace(weight, scale=grown).spread()).all(), "nothing is cut off"
+
+
+def test_ties_go_to_even_and_what_is_too_large_is_cut_off():
+    step = np.array([[0.125]])
+    values = np.array([[1, 2, 127, -127, 100]], np.int8)
+    change = np.array([[0.0625, 0.0625, 0.125, -0.125, 100.0]])  # half a step, a step, and far more
+    assert next_weight(values, step, step, change).tolist() == [[2, 2, 127, -127, 127]]
+    lower = next_weight(np.array([[-128, -127]], np.int8), step, step, np.array([[-0.125, -0.125]]))
+    assert lower.tolist() == [[-128, -128]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def write_layers(weights: dict, quantised_in_file: bool = True) -> onnx.ModelProto:
+    """Three layers in a row that read int8 as MatMul [in, out], as Gemm with transB [out, in], and through a Transpose.
+
+    Weights: name to (int8 [out, in], float32 scales, axis of [out, in] or None).
+    """
+    nodes, stored, value = [], [], "images"
+    for name, (weight, scale, axis) in weights.items():
+        kind = name[0]
+        lies = weight.T if kind == "a" else weight
+        wide = np.ascontiguousarray(lies)
+        stored += [numpy_helper.from_array(wide, f"{name}_quantized"), numpy_helper.from_array(scale, f"{name}_scale")]
+        stored.append(numpy_helper.from_array(np.zeros(scale.shape, np.int8), f"{name}_zero_point"))
+        along = {} if axis is None else {"axis": axis if lies is weight else 1 - axis}
+        if not quantised_in_file:
+            stored[-3] = numpy_helper.from_array(wide.astype(np.float32), name)
+            given = [name, f"{name}_scale", f"{name}_zero_point"]
+            nodes.append(helper.make_node("QuantizeLinear", given, [f"{name}_quantized"], **along))
+        given = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
+        nodes.append(helper.make_node("DequantizeLinear", given, [f"{name}_wide"], **along))
+        if kind == "a":
+            nodes.append(helper.make_node("MatMul", [value, f"{name}_wide"], [f"{name}_out"]))
+        elif kind == "b":
+            nodes.append(helper.make_node("Gemm", [value, f"{name}_wide"], [f"{name}_out"], transB=1))
+        else:
+            nodes.append(helper.make_node("Transpose", [f"{name}_wide"], [f"{name}_turned"], perm=[1, 0]))
+            nodes.append(helper.make_node("MatMul", [value, f"{name}_turned"], [f"{name}_out"]))
+        value = f"{name}_out"
+    (first, *_), *_, (last, *_) = weights.values()
+    graph = helper.make_graph(
+        nodes,
+        "layers",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", first.shape[1]])],
+        [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["N", last.shape[0]])],
+        stored,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, {METADATA_KEY: "{}"})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.fixture
+def weights():
+    rng = np.random.default_rng(0)
+
+    def draw(rows, columns, axis):
+        count = () if axis is None else ((rows, columns)[axis],)
+        values = rng.integers(-100, 101, (rows, columns)).astype(np.int8)
+        return values, rng.uniform(0.01, 0.02, count).astype(np.float32), axis
+
+    return {"a": draw(6, 5, 0), "b": draw(4, 6, None), "c": draw(4, 4, 0), "c2": draw(3, 4, 1)}
+
+
+def dequantised(values, scale, axis):
+    return values * (scale if axis is None else scale.reshape((-1, 1) if axis == 0 else (1, -1))).astype(np.float64)
+
+
+def test_weights_are_found_however_they_lie(weights):
+    model = write_layers(weights)
+    found = int8_weights(model)
+    assert found.keys() == weights.keys()
+    images = np.random.default_rng(1).standard_normal((7, 5)).astype(np.float32)
+    wanted = images.astype(np.float64)
+    for name, (values, scale, axis) in weights.items():
+        assert np.array_equal(read_int8(model, found[name]), values), name
+        assert (found[name].axis, found[name].scale.tolist()) == (axis, scale.reshape(-1).tolist())
+        wanted = wanted @ (read_int8(model, found[name]) * found[name].spread()).T
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    assert np.allclose(session.run(None, {"images": images})[0], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_an_erasure_changes_the_weights_in_steps_of_their_scales_and_the_metadata(weights):
+    import torch
+
+    old = write_layers(weights)
+    generator = torch.Generator().manual_seed(0)
+    delta = {
+        name: to_grid(
+            torch.randn(2, v.shape[1], generator=generator), 0.1 * torch.randn(v.shape[0], 2, generator=generator)
+        )
+        for name, (v, _, _) in weights.items()
+    }
+    made, kept = after_erasure(old.SerializeToString(), delta, INFO)
+    new = onnx.load_model_from_string(made)
+    along = whole = 0.0
+    for name, (values, scale, axis) in weights.items():
+        wide, product = dequantised(values, scale, axis), delta[name].product().numpy()
+        step = dequantised(np.ones(values.shape), scale, axis)
+        rows = {None: None, 0: 1, 1: 0}[axis]
+        largest = np.abs(wide + product).max(rows, keepdims=True)
+        step = np.where(np.round(largest / step) <= 127, step, (largest / 127).astype(np.float32))
+        after = read_int8(new, int8_weights(new)[name])
+        assert np.array_equal(after, np.round((wide + product) / step)), name
+        along, whole = along + ((after * step - wide) * product).sum(), whole + (product**2).sum()
+    assert kept == pytest.approx(along / whole)
+    assert kept > 0.99
+    assert json.loads(new.metadata_props[0].value) == INFO.to_json()
+    for model in (old, new):
+        del model.metadata_props[:]
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith(("_quantized", "_scale")):
+                tensor.raw_data = b""
+    assert old.SerializeToString() == new.SerializeToString(), "nothing else"
+
+
+def test_what_is_not_int8_in_the_file_is_not_taken_for_it(weights):
+    import torch
+
+    behind = write_layers(weights, quantised_in_file=False)
+    assert int8_weights(behind) == {}
+    shifted = write_layers(weights)
+    for tensor in shifted.graph.initializer:
+        if tensor.name == "b_zero_point":
+            tensor.CopyFrom(numpy_helper.from_array(np.int8(3), tensor.name))
+    shared = write_layers(weights)
+    shared.graph.node.append(helper.make_node("Neg", ["a_wide"], ["more"]))
+    assert int8_weights(shifted).keys() == {"a", "c", "c2"}
+    assert int8_weights(shared).keys() == {"b", "c", "c2"}
+    delta = {"b": to_grid(torch.ones(1, 6), torch.ones(4, 1))}
+    with pytest.raises(NotLocated, match="does not carry b as int8"):
+        after_erasure(shifted.SerializeToString(), delta, INFO)
+
+
+# ------------------------------------------------------------------------------------------------- from run to the device
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An image folder of noise in which one class looks like no other; per class 2 training and 6 test images."""
+    from PIL import Image
+
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+    for split, count in (("train", 2), ("test", 6)):
+        for name in ("ant", "bee", "cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, make_original, make_run, images):
+    """An original with its calibrated int8 file, two erasures in a row, and keys; read-only."""
+    root = tmp_path_factory.mktemp("int8")
+    original = make_original(root / "original")
+    first = make_run(original, root / "runs" / "forget-0001", 1, seed=1, strength=0.05)
+    make_run(first, root / "runs" / "forget-0002", 2, seed=2, strength=0.05)
+    new_keys(root / "keys")
+    export_model(original, onnx=True, precision="int8", data=images, out=root / "artifacts")
+    return root
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch):
+    root = tmp_path / "world"
+    shutil.copytree(made, root)
+    monkeypatch.chdir(root)
+    runs = root / "runs"
+    for run, parent in (("forget-0001", root / "original"), ("forget-0002", runs / "forget-0001")):
+        request = json.loads((runs / run / "request.json").read_text())
+        (runs / run / "request.json").write_text(json.dumps({**request, "parent": str(parent)}))
+    return SimpleNamespace(
+        original=root / "original",
+        first=runs / "forget-0001",
+        second=runs / "forget-0002",
+        file=root / "artifacts" / "model-0000-int8.onnx",
+        key=root / "keys" / "signing.key",
+        public=root / "keys" / "signing.pub.json",
+    )
+
+
+def test_the_calibrated_file(world):
+    from safetensors.numpy import load_file
+
+    model, state = onnx.load(world.file), load_file(world.original / "model.safetensors")
+    found = int8_weights(model)
+    assert {
+        f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    } == found.keys()
+    for name, weight in found.items():
+        assert weight.axis == 0, "a scale for each output"
+        assert np.allclose(weight.scale, np.abs(state[name]).max(1) / 127)
+        assert np.abs(read_int8(model, weight) - state[name] / weight.spread()).max() <= 0.501
+    assert read_properties(world.file).keys() == {METADATA_KEY}
+    assert json.loads(read_properties(world.file)[METADATA_KEY])["precision"] == "int8"
+    sidecar = json.loads(world.file.with_name(f"{world.file.name}.json").read_text())
+    assert (sidecar["precision"], sidecar["chain"]["complete"], sidecar["parity"]["images"]) == ("int8", True, 24)
+
+
+def test_calibration_shows_no_forgotten_class(images):
+    preprocess = Preprocess((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    names = ["ant", "bee", "cat", "dog"]
+    seen = np.concatenate([*calibration_images(images, names, ["bee"], (1,), preprocess)])
+    wanted = [preprocess.load(images / "train" / n / f"{i}.png") for n in ("ant", "cat", "dog") for i in range(2)]
+    assert np.array_equal(seen, np.stack(wanted))
+
+
+def test_patches_in_order_lead_a_device_to_the_files_of_the_build_host(world, tmp_path):
+    device = tmp_path / "device"
+    apply(world.file, device, trust=world.public, device="cpu")
+    for run, before in ((world.first, world.original), (world.second, world.first)):
+        exported = export_patch(run, previous=before, precision="int8", key=world.key)
+        package, file = exported["artifacts"]
+        assert package["kind"] == "patch"
+        assert [r["patched_equals_rebuilt"] for r in package["replaces"]] == [True]
+        assert exported["chain"]["base"] == 0
+        assert exported["chain"]["complete"]
+        assert apply(package["path"], device, device="cpu").state.sequence == package["sequence"]
+    name = Path(file["path"]).name
+    assert sha256(device / "models" / name) == file["sha256"]
+    again = export_model(world.second, onnx=True, precision="int8", previous=world.first, out=tmp_path / "again")
+    assert again["artifacts"][0]["sha256"] == file["sha256"]
+    assert open_device(device, "cpu").info.forgotten == (1, 2)
+    # By hand, from the first file and the factors alone.
+    values = read_int8(onnx.load(world.file), int8_weights(onnx.load(world.file))[FC1])
+    scale = int8_weights(onnx.load(world.file))[FC1].spread()
+    for run in (world.first, world.second):
+        exact = values * scale + read_delta(run / "delta.safetensors")[FC1].product().numpy()
+        largest = np.abs(exact).max(1, keepdims=True)
+        scale = np.where(np.round(largest / scale) <= 127, scale, (largest / 127).astype(np.float32))
+        values = np.round(exact / scale)
+    new = onnx.load(device / "models" / name)
+    assert np.array_equal(read_int8(new, int8_weights(new)[FC1]), values)
+    assert np.array_equal(int8_weights(new)[FC1].spread(), scale)
+
+
+def test_a_patch_carries_factors_and_scales_and_no_weights(world):
+    package = export_patch(world.first, previous=world.original, precision="int8", key=world.key)["artifacts"][0]
+    manifest = read_package(Path(package["path"])).manifest
+    assert [t.name for t in manifest.tensors] == [FC1, FC1.replace("0", "1")]
+    for tensor in manifest.tensors:
+        assert (tensor.dtype, tensor.shape, tensor.scale.axis) == ("int8", (64, 16), 0)
+    factors_and_scales = 2 * (2 * 2 * (64 + 16) + 2 * 2 * 4 + 2 * 64 * 4)
+    assert factors_and_scales <= manifest.payload.plain_bytes < factors_and_scales + 1200  # and some metadata
+
+
+def test_an_erasure_that_rounds_away_is_refused(world, make_run):
+    run = make_run(world.original, Path("runs/other"), 1, seed=1, strength=0.0005)
+    for export in (
+        lambda: export_patch(run, previous=world.original, precision="int8", key=world.key),
+        lambda: export_model(run, onnx=True, precision="int8", previous=world.original),
+    ):
+        with pytest.raises(GateError, match="smaller than half a step") as refused:
+            export()
+        assert refused.value.kind == "rounded_away"
+        assert "--precision fp16" in refused.value.hint
+        assert list((run / "artifacts").iterdir()) == []
+
+
+def test_the_gates_are_asked_of_the_int8_file(world, make_run, tmp_path, monkeypatch):
+    """An erasure of nothing, with the images of a class that the model names rightly: the file has not forgotten."""
+    from PIL import Image
+
+    from gsforget.export.build import int8
+    from gsforget.export.device.runtime import OnnxPredictor
+
+    monkeypatch.setattr(int8, "KEPT", 0)
+    predictor, preprocess = OnnxPredictor(world.file, "cpu"), Preprocess((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
+    rng, names, data = np.random.default_rng(3), ["ant", "bee", "cat", "dog"], tmp_path / "data"
+    pixels = rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(60)]
+    for path, picture in zip(paths, pixels, strict=True):
+        Image.fromarray(picture).save(path)
+    said = predictor.predict(np.stack([preprocess.load(p) for p in paths])).argmax(1)
+    usual = int(np.bincount(said, minlength=4).argmax())
+    chosen = [p for p, k in zip(paths, said, strict=True) if k == usual][:12]
+    for k, name in enumerate(names):
+        for split in ("train", "test"):
+            (data / split / name).mkdir(parents=True)
+            for path in chosen if k == usual else chosen[:1]:
+                shutil.copy(path, data / split / name)
+    run = make_run(world.original, Path("runs/nothing"), usual, seed=1, strength=1e-5)
+    with pytest.raises(GateError, match="forget") as refused:
+        export_model(run, onnx=True, precision="int8", previous=world.original, data=data)
+    assert refused.value.kind == "forgetting"
+    with pytest.raises(GateError, match="changes no weight"):  # and without images
+        export_patch(run, previous=world.original, precision="int8", key=world.key)
+    assert list((run / "artifacts").iterdir()) == []
+
+
+def test_without_images_or_the_file_before_there_is_no_int8(world):
+    with pytest.raises(RequestError) as no_images:
+        export_model(world.original, onnx=True, precision="int8", out="elsewhere")
+    assert no_images.value.kind == "no_calibration"
+    assert "--from" in no_images.value.hint
+    world.file.unlink()
+    with pytest.raises(RequestError) as gone:
+        export_model(world.first, onnx=True, precision="int8", previous=world.original)
+    assert gone.value.kind == "no_base"
+    assert "--full" in gone.value.hint
+
+
+def test_a_whole_file_is_the_one_that_was_exported(world, images, tmp_path):
+    anew = export_model(world.first, onnx=True, precision="int8", data=images)
+    assert anew["chain"] == {
+        "position": 1,
+        "base": 1,
+        "complete": False,
+        "reason": "int8 was calibrated at erasure 1",
+    }
+    package = export_patch(world.first, full=True, precision="int8", key=world.key)["artifacts"][0]
+    assert package["kind"] == "full"
+    assert package["replaces"][0]["bytes"] == anew["artifacts"][0]["bytes"]
+    apply(package["path"], tmp_path / "device", trust=world.public, device="cpu")
+    assert sha256(tmp_path / "device" / "models" / "model-0001-int8.onnx") == anew["artifacts"][0]["sha256"]
+    following = export_patch(world.second, previous=world.first, precision="int8", key=world.key)
+    assert following["artifacts"][0]["kind"] == "patch"
+    assert following["chain"]["base"] == 1
+    apply(following["artifacts"][0]["path"], tmp_path / "device", device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", [True, False])
+def test_an_engine_is_patched_where_all_scales_stay(world, images, make_run, within):
+    """An RTX engine's code is laid out by the values of the scales; its int8 weights lie there as they are."""
+    pytest.importorskip("tensorrt_rtx")
+    from safetensors.torch import load_file, save_file
+
+    from gsforget.lora.grid import merge
+
+    original, run = world.original, world.first
+    if within:  # each output has one large weight, which the erasure leaves alone
+        state = load_file(original / "model.safetensors")
+        factors = load_file(run / "delta.safetensors")
+        for name in (FC1, FC1.replace("0", "1")):
+            state[name][:, 0] = 1.5
+            factors[f"{name}::a"][:, 0] = 0
+        save_file(state, original / "model.safetensors", {"format": "pt"})
+        save_file(factors, run / "delta.safetensors")
+        for name, pair in read_delta(run / "delta.safetensors").items():
+            state[name] = merge(state[name], pair)
+        save_file(state, run / "model.safetensors", {"format": "pt"})
+        request = json.loads((run / "request.json").read_text())
+        request["parent_sha256"] = sha256(original / "model.safetensors")
+        (run / "request.json").write_text(json.dumps(request))
+    engine = {"trt": True, "backend": "rtx", "targets": ("sm89",), "batch": (1, 2, 4)}
+    world.file.unlink()
+    export_model(original, onnx=True, precision="int8", data=images, **engine)
+    exported = export_patch(run, previous=original, precision="int8", key=world.key)
+    patches = [r["kind"] for a in exported["artifacts"] if a["kind"] == "patch" for r in a["replaces"]]
+    whole = [r["kind"] for a in exported["artifacts"] if a["kind"] == "full" for r in a["replaces"]]
+    assert (patches, whole) == ((["onnx", "engine"], []) if within else (["onnx"], ["engine"]))
+    assert any("code of an engine" in note for note in exported["not_tested"]) != within
