@@ -9,6 +9,7 @@ import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from gsforget.kernels.lora_ffn import Layer, lora_ffn, naive_lora_ffn
 from gsforget.lora.blocks import FeedForward
 from gsforget.lora.groups import LoRAGroups
 
-Step = Callable[[], list[Tensor]]
 TOKENS = 197
 WIDTHS = {"vit_small": (384, 1536), "vit_base": (768, 3072), "vit_large": (1024, 4096)}
 
@@ -60,25 +60,36 @@ def make_problem(k: int, n: int, batch: int, tokens: int, rank: int, dtype: torc
     return Problem(layer(k, n), layer(n, k), draw(batch, tokens, k).requires_grad_(), draw(batch, tokens, k))
 
 
-def _step(forward: Callable[[Tensor], Tensor], p: Problem, factors: list[Tensor]) -> Step:
-    def step() -> list[Tensor]:
-        y = forward(p.x)
-        return [y.detach(), *torch.autograd.grad(y, [p.x, *factors], p.dy)]
+class Step:
+    """One step of a way: y, dx and the gradients of its factors; `depth` networks in a row, with residuals, if not 1."""
 
-    return step
+    def __init__(self, forward: Callable[[Tensor], Tensor], p: Problem, factors: list[Tensor], depth: int = 1):
+        self.forward, self.problem, self.factors, self.depth = forward, p, factors, depth
+
+    def __call__(self) -> list[Tensor]:
+        p = self.problem
+        y = self.forward(p.x)
+        if self.depth > 1:
+            y = p.x + y
+            for _ in range(self.depth - 1):
+                y = y + self.forward(y)
+        return [y.detach(), *torch.autograd.grad(y, [p.x, *self.factors], p.dy)]
+
+    def stacked(self, depth: int) -> Step:
+        return Step(self.forward, self.problem, self.factors, depth)
 
 
 def plain(p: Problem) -> Step:
-    return _step(lambda x: naive_lora_ffn(x, (p.first,), p.last), p, p.factors)
+    return Step(lambda x: naive_lora_ffn(x, (p.first,), p.last), p, p.factors)
 
 
 def ours(p: Problem, backend: str | None = None) -> Step:
-    return _step(lambda x: lora_ffn(x, p.first, p.last, backend=backend), p, p.factors)
+    return Step(lambda x: lora_ffn(x, p.first, p.last, backend=backend), p, p.factors)
 
 
 def frozen(p: Problem) -> Step:
     """The network without LoRA."""
-    return _step(_network(p), p, [])
+    return Step(_network(p), p, [])
 
 
 def hooks(p: Problem) -> Step:
@@ -88,9 +99,7 @@ def hooks(p: Problem) -> Step:
     for pair, layer in zip(groups.pairs, (p.first, p.last)):
         pair.a.data.copy_(layer.a.detach())
         pair.b.data.copy_(layer.b.detach())
-    step = _step(network, p, [t for pair in groups.pairs for t in (pair.a, pair.b)])
-    step.groups = groups  # type: ignore[attr-defined]  # they live as long as the step
-    return step
+    return Step(network, p, [t for pair in groups.pairs for t in (pair.a, pair.b)])
 
 
 def peft(p: Problem, compiled: str | None = None) -> Step:
@@ -106,14 +115,14 @@ def peft(p: Problem, compiled: str | None = None) -> Step:
             own.data.copy_(given.detach())
             factors.append(own)
     if compiled is None:
-        return _step(network, p, factors)
-    inner = _step(torch.compile(network, mode=compiled), p, factors)
+        return Step(network, p, factors)
+    fast = torch.compile(network, mode=compiled)
 
-    def step() -> list[Tensor]:
+    def forward(x: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # max-autotune writes its outputs in the same place each time
-        return inner()
+        return fast(x)
 
-    return step
+    return Step(forward, p, factors)
 
 
 def _network(p: Problem) -> nn.Module:
@@ -140,7 +149,7 @@ def off(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return float("nan") if any(e != e for e in errors) else max(errors)
 
 
-def saved_bytes(step: Step, p: Problem) -> int:
+def saved_bytes(step: Callable[[], object], p: Problem) -> int:
     """Bytes that autograd keeps from forward to backward, each storage once, without the network's own parameters."""
     kept: list[Tensor] = []
 
@@ -160,7 +169,7 @@ def _is_parameter(t: Tensor, p: Problem) -> bool:
     return rows not in (t.shape[0] if t.ndim else 0, t.shape[:-1].numel(), t.shape[-1] if t.ndim else 0)
 
 
-def interleaved(ways: dict[str, Step], rounds: int, clock: Callable[[Step], float], warm: int = 1) -> dict[str, list]:
+def interleaved(ways: dict[str, Any], rounds: int, clock: Callable[[Any], float], warm: int = 1) -> dict[str, list]:
     """Milliseconds of each way, measured in turn, so that a busy moment meets all; each round begins with another way."""
     names, times = list(ways), {name: [] for name in ways}
     for number in range(warm + rounds):
