@@ -94,8 +94,8 @@ def count(way: str, m: int, k: int, n: int, r: int) -> dict[str, float]:
     }
 
 
-def kept_megabytes(way: str, m: int, k: int, n: int, r: int) -> float:
-    """Kept for the backward: x, z and h one layer at a time, no h in ours; S of both layers."""
-    hidden = {"frozen": 1, "peft": 2, "addmm": 1, "ours": 1}[way]
+def kept_bytes(way: str, m: int, k: int, n: int, r: int, size: int = BYTES) -> int:
+    """Kept for the backward: one layer at a time x, z and h, ours no h; S of both layers, but nothing of either if frozen."""
+    hidden = 2 if way == "peft" else 1
     own = 0 if way == "frozen" else m * k + 2 * m * r
-    return round((own + hidden * m * n) * BYTES / 1e6, 1)
+    return (own + hidden * m * n) * size

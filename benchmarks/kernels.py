@@ -73,7 +73,10 @@ def measure(k: int, n: int, batch: int, tokens: int, rank: int, rounds: int) -> 
 def counted_for(name: str, batch: int = 50, rank: int = 16) -> dict:
     k, n = WIDTHS[name]
     size = (batch * TOKENS, k, n, rank)
-    return {way: {**counted.count(way, *size), "kept_mb": counted.kept_megabytes(way, *size)} for way in counted.WAYS}
+    return {
+        way: {**counted.count(way, *size), "kept_mb": round(counted.kept_bytes(way, *size) / 1e6, 1)}
+        for way in counted.WAYS
+    }
 
 
 def report(content: dict) -> None:
