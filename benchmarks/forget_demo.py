@@ -137,9 +137,9 @@ class Store:
 
     def __init__(self, path: Path, again: bool):
         self.path = path
-        self.content = (
-            {"machine": machine(), "cells": {}} if again or not path.is_file() else json.loads(path.read_text())
-        )
+        if again:
+            path.unlink(missing_ok=True)  # or the first save would bring all of its cells back
+        self.content = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "cells": {}}
 
     def has(self, key: str) -> bool:
         return key in self.content["cells"]
