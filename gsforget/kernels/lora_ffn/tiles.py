@@ -29,9 +29,7 @@ def product_tile(target: int, size: int, rank: int) -> Tile:
         return Tile(32, 32, 32, 8 if rank > 32 else 4, 2)  # Triton multiplies on the ordinary cores there
     if size == 4:
         return Tile(64, 64, 32, 8, 2) if rank > 32 else Tile(128, 64, 32, 8, 2)
-    if target >= 120 and rank > 32:
-        return Tile(128, 64, 64, 8, 2)
-    return Tile(128, 128, 64, 8, 2 if target in (86, 89, 120) else 3)  # by their shared memory
+    return Tile(128, 128, 64, 8, 3)
 
 
 def pass_tile(target: int, size: int, rank: int) -> Tile:
