@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gsforget import processes
 from gsforget.errors import GsforgetError
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args[: args.index("--")] if "--" in args else args
     as_json = "--json" in options and not {"--help", "-h"} & set(options)
     try:
-        with output.one_run(as_json):
-            return _guarded(args, as_json)
+        with output.one_run(as_json and processes.is_first()):
+            return processes.together(lambda: _guarded(args, as_json), shared=args[:1] == ["forget"])
     except OSError as error:  # stdout itself takes nothing more
         if not isinstance(error, BrokenPipeError):
             output.say(f"Error: the output could not be written ({error.strerror}).", style="bold red")
@@ -54,6 +55,7 @@ def _guarded(args: Sequence[str], as_json: bool) -> int:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exc()
         status, failure = explain(error)
+        processes.report_failure(status, failure)
         output.say(f"Error: {failure.message}", style="bold red")
         if failure.hint:
             output.say(failure.hint)

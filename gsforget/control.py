@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gsforget import processes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -62,6 +64,7 @@ def product_forces(groups: LoRAGroups, loss: Callable[[], Tensor]) -> Tensor:
         w.requires_grad_(True)
     try:
         gradients = torch.autograd.grad(loss(), weights)
+        processes.sum_(gradients)
     finally:
         for w, flag in zip(weights, required):
             w.requires_grad_(flag)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gsforget import processes
 from gsforget.errors import RequestError
 from gsforget.folder import sha256
 
@@ -306,7 +307,7 @@ class ImageSet:
         self.dropped: list[Path] = []
         self._load = load
         self._skip_corrupt = skip_corrupt
-        self._memory = memory_fraction * available_memory()
+        self._memory = memory_fraction * available_memory() / processes.on_this_machine()
         self._cache: Tensor | None = None
         self._filled = np.zeros(len(self.paths), dtype=bool)
         self._planned = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsforget import control, ledger, records
+from gsforget import control, ledger, processes, records
 from gsforget.audit.images import PER_CLASS
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.folder import WEIGHTS, ModelConfig, sha256
@@ -133,6 +133,9 @@ class _Session:
                 "not_float32",
             )
         self.model = source.model.to(self.device).eval()
+        processes.join(self.device)
+        self._check_same()
+        processes.broadcast_(*self.model.state_dict().values())
         self.original = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         self.base_sha256 = records.weights_sha256(source, self.original)
 
@@ -172,6 +175,16 @@ class _Session:
             self.manifests[name] = manifest_sha256(part, hashes)
         self.warnings += copies_in_test(self.data.test.paths, self.data.test_sha256, self.target.sha256(self.data))
         return test, images
+
+    def _check_same(self) -> None:
+        """RequestError unless all processes see the same images."""
+        seen = processes.of_all((self.manifests, len(self.test), len(self.images), len(self.aside)))
+        if any(other != seen[0] for other in seen):
+            raise RequestError(
+                f"The processes see different images under {self.data.root}.",
+                "Give every machine the same data.",
+                "different_data",
+            )
 
     def _split_test(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Test images that show what never-seen ones look like, for single images alone, and those that are measured."""
@@ -213,7 +226,7 @@ class _Session:
                 "class_count",
             )
         self.said_before = predict(logits)
-        prober = self._prober()
+        prober = self._prober() if processes.is_first() else None
         self.answers_before = self._answers(logits)
         active = sorted(self.wanted + self.retained)
         confusion = confusion_matrix(self.labels, self.said_before, len(self.source.names))
@@ -293,6 +306,7 @@ class _Session:
         from gsforget.checkpoint import check_finite
         from gsforget.lora.grid import merge, to_grid
 
+        processes.broadcast_(trained.groups.flat)
         pairs = trained.groups.named_deltas()
         delta = {name: to_grid(pair.a, pair.b) for name, pair in pairs.items()}
         for name, pair in pairs.items():
@@ -308,7 +322,7 @@ class _Session:
         merged = self._test_logits()
         said_after = predict(merged)
         sample = self._sample_result(merged)
-        probed = self.prober.after() if self.prober else None
+        probed = processes.from_first(lambda: self.prober.after() if self.prober else None)
         evidence = Evidence(
             source=self.source,
             request=self.request,
@@ -384,9 +398,12 @@ class _Session:
 
         from gsforget.lora.blocks import as_logits
 
+        def logits(share: Tensor) -> list[Tensor]:
+            return [as_logits(self.model(images.batch(share).to(self.device))).float()]
+
         pieces = torch.from_numpy(rows).split(EVAL_BATCH)
         with torch.inference_mode():
-            return torch.cat([as_logits(self.model(images.batch(p).to(self.device))).float().cpu() for p in pieces])
+            return torch.cat([processes.gather_rows(logits, p)[0].cpu() for p in pieces])
 
 
 def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: float) -> Outcome:
@@ -399,11 +416,16 @@ def _publish(evidence: Evidence, runs: Path | None, out: Path | None, started: f
     # A failed run never takes the place that was meant for a model.
     place = out if evidence.passed else None
     prefix = "forget" if evidence.passed else "failed"
-    folder = publish(
-        lambda path: records.write_run(path, evidence, outcome.metrics), runs or Path("runs"), place, prefix
-    )
-    outcome.folder = folder
-    if evidence.passed:
-        document["artifacts"] = {"model": str(folder / WEIGHTS)}
-        document["sha256"] = {"model": sha256(folder / WEIGHTS)}
+
+    def write() -> tuple[Path, dict[str, Any], dict[str, Any]]:
+        folder = publish(
+            lambda path: records.write_run(path, evidence, outcome.metrics), runs or Path("runs"), place, prefix
+        )
+        if evidence.passed:
+            document["artifacts"] = {"model": str(folder / WEIGHTS)}
+            document["sha256"] = {"model": sha256(folder / WEIGHTS)}
+        return folder, document, outcome.metrics
+
+    processes.of_all(None)  # nothing is published where one of the processes failed
+    outcome.folder, outcome.document, outcome.metrics = processes.from_first(write)
     return outcome

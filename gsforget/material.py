@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gsforget import processes
 from gsforget.data import split_validation
 from gsforget.stand_ins import stand_ins
 from gsforget.views import Images, Joined, Views
@@ -82,6 +83,7 @@ def gather(
     instead: list[Images] = []
     if lacking and len(kept):
         made = stand_ins(model, images, kept, lacking, gone.tolist(), rng)
+        made.pixels = _of_first(model, made.pixels)
         each = torch.arange(len(made.labels)).repeat(BESIDE)
         instead = [made, Views(made, each, rng), Views(images, _some(kept.repeat(BESIDE), rng), rng)]
     remembered = torch.isin(images.labels[val], gone)
@@ -107,6 +109,13 @@ def _lacking_views(labels: Tensor) -> Tensor:
     """How many views of each image bring its class to `FILL` or more where it has less than `FEW`, int64 [N]."""
     counts = torch.bincount(labels)[labels] if len(labels) else labels
     return torch.where(counts < FEW, -(-FILL // counts.clamp_min(1)) - 1, 0)
+
+
+def _of_first(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The first process's, for all: what rounding makes of a gradient's path may differ."""
+    there = pixels.to(next(model.parameters()).device)
+    processes.broadcast_(there)
+    return there.to(pixels.device)
 
 
 def _some(rows: Tensor, rng: torch.Generator) -> Tensor:

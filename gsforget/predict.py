@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gsforget import processes
 from gsforget.errors import RequestError
 from gsforget.lora.blocks import as_logits
 
@@ -32,9 +33,15 @@ class TorchPredictor:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`.  Raises RequestError for cuda where there is none."""
+    """`auto`, `cpu` or `cuda`, where each of several processes has a GPU of its own.
+
+    Raises RequestError for cuda where there is none, or fewer than processes.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise RequestError(f"There is no device {name!r}.", "Type --device auto, cpu or cuda.", "unknown_device")
     if name == "cuda" and not torch.cuda.is_available():
         raise RequestError("This machine has no CUDA device that torch can use.", "Type --device cpu.", "no_cuda")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    own = processes.gpu()
+    return torch.device("cuda") if own is None else torch.device("cuda", own)

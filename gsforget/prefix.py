@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsforget import processes
 from gsforget.lora.blocks import as_logits
 
 TOLERANCE = 1e-4
@@ -101,7 +102,7 @@ class PrefixReuse:
         truth = _run(self.model, probe)
         order = torch.arange(len(probe)).flip(0)
         try:
-            self.fill(len(probe), lambda i: probe[i], 2)
+            self.fill(len(probe), lambda i: probe[i], 2, shared=False)
             with self.images(order):
                 reused = _run(self.model, self.blank_input(probe, len(order)))
         except Exception:  # the model may refuse wrong shapes in its own words
@@ -123,13 +124,15 @@ class PrefixReuse:
         for f in self.frozen:
             f.restore()
 
-    def fill(self, images: int, batch_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
+    def fill(self, images: int, batch_of: Callable[[Tensor], Tensor], batch_size: int, shared: bool = True) -> None:
         """Run the frozen part, and no more, over all images and keep what is needed.
 
         Args:
             images: number of images N.
             batch_of: maps int64 indices [B] to images [B, C, H, W].
+            shared: of several processes each runs its part of the images, and all keep the whole.
         """
+        mine = processes.mine(images) if shared else range(images)
         needed = [f for f in self.frozen if f.name in self.needed]
         self.store = {f.name: f.recorded.new_empty((images, f.rows, *f.recorded.shape[1:])) for f in needed}
         place = slice(0)
@@ -143,13 +146,15 @@ class PrefixReuse:
         handles: list[Any] = [f.module.register_forward_hook(_quietly(keep(f))) for f in needed]
         handles.append(self.model.get_submodule(self.first).register_forward_pre_hook(stop))
         try:
-            for indices in torch.arange(images).split(batch_size):
+            for indices in torch.arange(mine.start, mine.stop).split(batch_size) if mine else ():
                 place = slice(int(indices[0]), int(indices[-1]) + 1)
                 with contextlib.suppress(_Reached):
                     _run(self.model, batch_of(indices))
         finally:
             for handle in handles:
                 handle.remove()
+        for kept in self.store.values() if shared else ():
+            processes.complete_(kept)
 
     def images(self, indices: Tensor) -> _Answering:
         """Context in which the model answers for the kept images `indices` (int64 [B]), whatever it is fed."""

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gsforget import processes
+
 DISTANCE = 0.1  # the average step, per root mean square of the tensor; drawn from 0.2 to 1.8 times this
 EVERY = 2  # steps from one rehearsal to the next
 SOFT = 0.1  # gradients this small, per root mean square of their tensor, count half
@@ -37,6 +39,7 @@ class Rehearsal:
             p.requires_grad_(True)
         try:
             gradients = torch.autograd.grad(attack(), self.weights, allow_unused=True)
+            processes.sum_(gradients)
         finally:
             for p in self.weights:
                 p.requires_grad_(False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsforget import control, rehearsal
+from gsforget import control, processes, rehearsal
 from gsforget.control import (
     After,
     StageControl,
@@ -150,6 +150,7 @@ class Loop:
         self.right_before = self.task.correct(before.outputs, self.labels)
         self._forget_again(self._returned(self.right_before[self.earlier.val.to(self.device)].cpu()))
         forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
+        processes.broadcast_(forces)
         target = self.settings.target_groups or default_target(len(self.groups))
         first = control.START * forces.median().item() if self.settings.prox is None else self.settings.prox
         counter = torch.zeros(len(self.groups), dtype=torch.int64, device=self.device)
@@ -231,9 +232,11 @@ class Loop:
         losses.total.backward()
         if duel is not None and self.step % rehearsal.EVERY == 0:
             self._rehearse(duel, rows[self.forget[rows]])
+        processes.sum_([self.groups.grad])
         self.step += 1
         g = self.groups
         result = self.adam.step(g.flat, g.grad, g.active, lr, 0.0 if warm else self.control.strength)
+        processes.broadcast_(result.norms, result.critical)
         self.trained.norms.append(result.norms.tolist())
         if warm:
             self.control.bound(result.critical)
@@ -280,7 +283,9 @@ class Loop:
         count = len(self.labels)
         budget = self.settings.cache_bytes
         budget = _free_memory(self.device) / 4 if budget is None else budget
-        self.reuse = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, budget)
+        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, min(processes.of_all(budget)))
+        plans = processes.of_all((plan.needed, len(plan.frozen)) if plan else None)
+        self.reuse = plan if plans == [plans[0]] * len(plans) else None
         if self.reuse:
             self.reuse.fill(count, self._images, EVAL_BATCH)
 
@@ -288,10 +293,17 @@ class Loop:
         return self.images.batch(rows).to(self.device)
 
     def _see(self, rows: Tensor) -> Seen:
+        """What the model makes of images; of several processes each computes a share, and all get the whole."""
         if self.classifier is None:
-            return Seen(self._outputs(rows), torch.empty(0))
+            (outputs,) = processes.gather_rows(lambda share: [self._outputs(share)], rows)
+            return Seen(outputs, torch.empty(0))
+        outputs, features = processes.gather_rows(self._outputs_and_features, rows)
+        return Seen(outputs, features)
+
+    def _outputs_and_features(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.classifier is not None
         with FeatureTap(self.model, self.classifier) as tap:
-            return Seen(self._outputs(rows), tap.features)
+            return self._outputs(rows), tap.features
 
     def _outputs(self, rows: Tensor) -> Tensor:
         if self.reuse is None:
@@ -331,7 +343,8 @@ class Loop:
     def _watch(self) -> Watch:
         """Validation accuracies that decide, on all validation images."""
         old = self._right(self.earlier.val)
-        watch = self._validate(self.val, _percent(old), self._returned(old), self._leak())
+        found = self._validate(self.val, _percent(old), self._returned(old), self._leak())
+        watch = processes.from_first(lambda: found)
         self.trained.watches.append(watch)
         return watch
 
@@ -404,4 +417,6 @@ def _percent(flags: Tensor) -> float | None:
 
 def _free_memory(device: torch.device) -> float:
     """Bytes that are free where the model is."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() / processes.on_this_machine()
