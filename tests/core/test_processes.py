@@ -19,16 +19,16 @@ import torch
 torch.set_num_threads(1)
 from gsforget import processes, training
 from gsforget.errors import RequestError
-original = training.proximal_adam_step
+original = training.ProximalAdam.step
 calls = []
-def step(flat, grad, *rest, **more):
+def step(self, flat, grad, *rest, **more):
     calls.append(0)
     if len(calls) == 1 and processes.is_first():
         torch.save(grad.clone(), os.environ["GRADIENT"])
     if len(calls) == 3 and processes.rank() == int(os.environ.get("BAD", "-1")):
         {then}
-    return original(flat, grad, *rest, **more)
-training.proximal_adam_step = step
+    return original(self, flat, grad, *rest, **more)
+training.ProximalAdam.step = step
 from gsforget.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -84,15 +84,15 @@ def alone(world, cli, tmp_path_factory):
 
     from gsforget import training
 
-    cwd, original = tmp_path_factory.mktemp("alone"), training.proximal_adam_step
+    cwd, original = tmp_path_factory.mktemp("alone"), training.ProximalAdam.step
 
-    def step(flat, grad, *rest, **more):
+    def step(self, flat, grad, *rest, **more):
         if not (cwd / "gradient.pt").exists():
             torch.save(grad.clone(), cwd / "gradient.pt")
-        return original(flat, grad, *rest, **more)
+        return original(self, flat, grad, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "proximal_adam_step", step)
+        patch.setattr(training.ProximalAdam, "step", step)
         return cwd, cli(cwd, *command(world))
 
 
