@@ -46,8 +46,13 @@ class _State:
 
 
 def world() -> int:
-    """How many processes train together, from the environment that torchrun sets."""
-    return max(1, int(os.environ.get("WORLD_SIZE", "1"))) if "RANK" in os.environ else 1
+    """How many processes train together, from the environment that torchrun sets.
+
+    A scheduler may set some of it for other reasons; without a place to meet, a process is alone.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        return 1
+    return max(1, int(os.environ["WORLD_SIZE"]))
 
 
 def rank() -> int:
