@@ -18,7 +18,7 @@ from gsforget.kernels.lora_ffn import Layer, dispatch, lora_ffn, naive_lora_ffn
 Cell = tuple[str, Callable[..., dict], tuple]
 RANKS, BATCHES = (8, 16), (1, 50)
 DEPTHS = {"vit_small": 12, "vit_base": 12, "vit_large": 24}
-FLOOR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}  # no error below it is held against a kernel
+FLOOR = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3}  # added to twice the error of plain PyTorch
 STAGES = tuple(dispatch.DEFAULT)
 
 
@@ -59,6 +59,7 @@ def check_ffn(setting: Setting, dtype: str, shape: tuple[int, int, int, int], wa
     worst: dict[str, float] = {}
     passed = True
     for activation, gated in (("gelu", False), ("gelu_tanh", False), ("silu", False), ("silu", True)):
+        label = activation + ("_gated" if gated else "")
         p = ffn_ways.make_problem(k, n, 1, rows, rank, getattr(torch, dtype), setting.device)
         firsts = (p.first, _other(p.first)) if gated else (p.first,)
         exact = _gradients(naive_lora_ffn, *_doubles(p, firsts), activation)
@@ -71,7 +72,7 @@ def check_ffn(setting: Setting, dtype: str, shape: tuple[int, int, int, int], wa
         for g, q, t, second in zip(got, plain, exact, again, strict=True):
             error, limit = _error(g, t), 2 * _error(q, t) + FLOOR[dtype]
             passed &= error <= limit and torch.equal(g, second)
-            worst[activation + ("_gated" if gated else "")] = max(error, worst.get(activation, 0.0))
+            worst[label] = max(error, worst.get(label, 0.0))
     return {"passed": bool(passed), "error": {name: float(f"{e:.1e}") for name, e in worst.items()}}
 
 
@@ -105,7 +106,8 @@ def _poison(setting: Setting) -> None:
     """Leave NaN where the next call will find its memory."""
     if setting.device == "cuda":
         torch.cuda.empty_cache()
-        held = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(256)]
+        counts = [1 << 10] * 64 + [1 << 18] * 64 + [1 << 25] * 16  # blocks of all sizes that calls ask for
+        held = [torch.full((count,), float("nan"), device="cuda") for count in counts]
         del held
 
 
