@@ -67,9 +67,10 @@ def _slabs(target: int, dtype: str, rank: int) -> Iterator[Spec]:
         ) | dict.fromkeys(("ds0", "ds1", "db0", "db1", "da"), "*fp32")
         strides = ("stride_dh", "stride_z0", "stride_z1", "stride_dz0", "stride_dz1")
         integers = dict.fromkeys(("M", "N", "R0", "R1", "R", *strides, "columns"), "i32")
-        for done, lora in [(False, False), (False, True)] if not gated else [(False, True)]:
+        for done, lora in [(False, False), (True, False), (False, True)] if not gated else [(False, True)]:
             constants = {"ACT": act, "GATED": gated, "DONE": done, "LORA": lora, "RANK": rank, **_tile(t, rank)}
-            name = f"lora_ffn_gradient_{'after_vendor' if lora else 'after_fused'}_{kind}"
+            before = "after_slope" if done else "after_vendor" if lora else "after_fused"
+            name = f"lora_ffn_gradient_{before}_{kind}"
             signature = _signature("gradient_kernel", {**pointers, **integers}, constants)
             aligned = (*pointers, "N", *strides, "columns")
             yield Spec(name, MODULE, "gradient_kernel", signature, constants, aligned, _options(t))
