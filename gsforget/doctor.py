@@ -75,6 +75,30 @@ def _kernels() -> str:
     return backend.explain(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
+def _compiled_kernels() -> str:
+    """The kernels compiled ahead of time that are used on this GPU."""
+    import torch
+
+    from gsforget.errors import GsforgetError
+    from gsforget.kernels.ahead.precompiled import VARIABLE, find, open_current
+
+    named = os.environ.get(VARIABLE)
+    if not named:
+        raise RuntimeError(f"{VARIABLE} names no folder; kernels are compiled at their first use")
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise RuntimeError(f"there is no GPU to load those in {named} on")
+    major, minor = torch.cuda.get_device_capability()
+    target = 10 * major + minor
+    place = find(target, named)
+    if place is None:
+        raise RuntimeError(f"none for sm_{target} in {named}; gsforget kernels compile --target sm_{target}")
+    try:
+        found = open_current(place, target)
+    except GsforgetError as error:
+        raise RuntimeError(f"{error.message} {error.hint}") from error
+    return f"{len(found['kernels'])} for sm_{target} in {place}, by Triton {found['triton']}"
+
+
 def _triton() -> str:
     """Version, and whether kernels can be compiled here, which takes a GPU and a driver."""
     version = importlib.metadata.version("triton")
@@ -126,6 +150,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "torch": _torch,
     "CUDA GPU": _gpus,
     "kernels": _kernels,  # before Triton is imported, which settles whether it can interpret
+    "compiled kernels": _compiled_kernels,
     "Triton": _triton,
     "timm": _package("timm"),
     "ONNX Runtime": _onnxruntime,

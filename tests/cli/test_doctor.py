@@ -55,6 +55,28 @@ def test_kernel_backends_are_reported(monkeypatch, capsys):
     assert "no kernel backend named cuda" in machine["kernels"]["detail"]
 
 
+def test_whether_compiled_kernels_are_there_for_this_gpu(monkeypatch, tmp_path):
+    from gsforget import doctor
+
+    def detail():
+        return doctor._probe("compiled kernels", doctor._compiled_kernels).detail
+
+    monkeypatch.delenv("GSFORGET_KERNEL_DIR", raising=False)
+    assert "names no folder" in detail()
+    monkeypatch.setenv("GSFORGET_KERNEL_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no GPU" in detail()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "gsforget kernels compile --target sm_90" in detail()
+    content = {"format": 1, "target": 90, "triton": "3.6.0", "sources": {}, "kernels": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert detail() == f"0 for sm_90 in {tmp_path}, by Triton 3.6.0"
+    (tmp_path / "manifest.json").write_text(json.dumps(content | {"target": 87}))
+    assert "compiled for sm_87, and the GPU is sm_90" in detail()
+
+
 def test_an_untrained_model_is_refused(model_and_data, capsys):
     model, data = map(str, model_and_data)
     assert main(["doctor", "--model", model, "--data", data, "--json"]) == 2

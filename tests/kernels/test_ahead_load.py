@@ -24,6 +24,7 @@ def folder(tmp_path):
     entry = {
         "name": "k", "file": "k.cubin", "sha256": hashlib.sha256(IMAGE).hexdigest(), "entry": "kernel_of_k",
         "threads": 128, "cluster": 1, "shared": 70000, "scratch": {"global": 0, "profile": 0}, "aligned": ["x", "stride"],
+        "options": {},
         "parameters": [{"name": n, "type": t} for n, t in KINDS.items()],
     }  # fmt: skip
     (tmp_path / "k.cubin").write_bytes(IMAGE)
@@ -60,6 +61,10 @@ class Driver(types.SimpleNamespace):
         self.seen["launch"] = function, sizes, stream, values, bool(extra)
         return self.status
 
+    def _cuLaunchCooperativeKernel(self, *arguments):
+        self.seen["together"] = True
+        return self._cuLaunchKernel(*arguments, None)
+
 
 def load(folder, driver=None):
     return Kernel(folder, open_folder(folder)["kernels"][0], driver or Driver())
@@ -73,6 +78,14 @@ def test_a_launch_passes_every_parameter_in_order_and_type(folder):
     assert driver.seen["function"] == (11, b"kernel_of_k")
     assert driver.seen["attribute"] == (22, 8, 70000)
     assert driver.seen["launch"] == (22, [3, 2, 1, 128, 1, 1, 70000], 99, [x.data_ptr(), -7, 2**40, 0.5, 0], False)
+
+
+def test_programs_that_wait_for_each_other_are_launched_together(folder):
+    driver = Driver()
+    entry = open_folder(folder)["kernels"][0] | {"options": {"launch_cooperative_grid": True}}
+    Kernel(folder, entry, driver).launch((3, 2, 1), {"x": 32, "M": 1, "stride": 16, "rate": 0.5}, stream=99)
+    assert driver.seen["together"]
+    assert driver.seen["launch"] == (22, [3, 2, 1, 128, 1, 1, 70000], 99, [32, 1, 16, 0.5, 0], False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Opens a folder of compiled kernels, and launches one through the CUDA driver: no Triton, no compiler.
 
-Nothing in gsforget launches kernels this way by itself so far; it is for programs on a device.
+`precompiled` launches our own kernels this way where it can; a program on a device may do so without torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PROTOTYPES = {  # driver API, without the int that each returns
     "cuModuleGetFunction": (ctypes.POINTER(HANDLE), HANDLE, ctypes.c_char_p),
     "cuFuncSetAttribute": (HANDLE, ctypes.c_int, ctypes.c_int),
     "cuLaunchKernel": (HANDLE, *(SIZE,) * 7, HANDLE, ctypes.POINTER(HANDLE), ctypes.POINTER(HANDLE)),
+    "cuLaunchCooperativeKernel": (HANDLE, *(SIZE,) * 7, HANDLE, ctypes.POINTER(HANDLE)),
 }
 
 
@@ -96,8 +97,13 @@ class Kernel:
 
             stream = torch.cuda.current_stream().cuda_stream
         addresses = (HANDLE * len(packed))(*(ctypes.addressof(p) for p in packed))
-        blocks, threads = (*grid,), (self.entry["threads"], 1, 1)
-        self._call("cuLaunchKernel", self.function, *blocks, *threads, self.entry["shared"], stream, addresses, None)
+        sizes = (*grid, self.entry["threads"], 1, 1, self.entry["shared"])
+        if self.entry["options"].get(
+            "launch_cooperative_grid"
+        ):  # programs wait for each other: all run at once or none
+            self._call("cuLaunchCooperativeKernel", self.function, *sizes, stream, addresses)
+        else:
+            self._call("cuLaunchKernel", self.function, *sizes, stream, addresses, None)
 
     def _pack(self, arguments: Mapping[str, Any]) -> list[Any]:
         expected = [p["name"] for p in self.entry["parameters"] if p["type"] != "scratch"]

@@ -103,13 +103,15 @@ class ProximalAdam:
         return value if isinstance(value, Tensor) else place.fill_(value)
 
     def _launch(self, flat: Tensor, grad: Tensor, active: Tensor, lr: Tensor, strength: Tensor) -> ProxStep:
+        from gsforget.kernels.ahead.precompiled import launch as run
         from gsforget.kernels.group_prox.kernel import PHASES, proximal_adam_kernel
 
         norms, critical = flat.new_empty(len(self.lengths)), flat.new_empty(len(self.lengths))
         beta1, beta2 = self.betas
 
         def launch(store: int, **options: Any) -> None:
-            proximal_adam_kernel[(len(self.lengths), self.programs)](
+            run(
+                proximal_adam_kernel, (len(self.lengths), self.programs),
                 flat, grad, self.exp_avg, self.exp_avg_sq, self._offsets, self.lengths, self._weights, active,
                 self._steps, lr, strength, norms, critical, self._slots, self._counters,
                 math.log(beta1), 1 - beta1, math.log(beta2), beta2, 1 - beta2, self.eps, store,

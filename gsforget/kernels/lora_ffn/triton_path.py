@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gsforget.kernels.ahead.precompiled import launch
 from gsforget.kernels.lora_ffn import dispatch, kernels
 from gsforget.kernels.lora_ffn.naive import Layer
 from gsforget.kernels.lora_ffn.tiles import gradient_tile, padded, pass_tile, product_tile
@@ -90,7 +91,8 @@ def _product(
     z = out if z is None else z
     t = product_tile(dispatch.target(x.device), x.element_size(), s.shape[1])
     grid = (_tiles(len(x), t.m) * _tiles(w.shape[1], t.n),)
-    kernels.product_kernel[grid](
+    launch(
+        kernels.product_kernel, grid,
         x, w, s, b, out if bias is None else bias, z, out,
         *out.shape, x.shape[1], len(b),
         x.stride(0), w.stride(1), w.stride(0), b.stride(1), b.stride(0), z.stride(0), out.stride(0),
@@ -104,7 +106,8 @@ def _activate(z: list[Tensor], s: list[Tensor], firsts: tuple[Layer, ...], activ
     h = torch.empty_like(z[0])
     b = [layer.b.contiguous() for layer in firsts]
     t = pass_tile(dispatch.target(h.device), h.element_size(), max(si.shape[1] for si in s))
-    kernels.activate_kernel[(_tiles(len(h), t.m), _tiles(h.shape[1], t.n))](
+    launch(
+        kernels.activate_kernel, (_tiles(len(h), t.m), _tiles(h.shape[1], t.n)),
         z[0], z[-1], s[0], s[-1], b[0], b[-1], h,
         *h.shape, b[0].shape[1], b[-1].shape[1], z[0].stride(0), z[-1].stride(0), h.stride(0),
         ACT=activation, GATED=len(z) == 2, BM=t.m, BN=t.n,
@@ -128,7 +131,8 @@ def _gradients(
     parts_db = [dh.new_empty((slabs, n, r), dtype=torch.float32) for r in ranks]
     parts_da = dh.new_empty((slabs, n, ds.shape[1]), dtype=torch.float32)
     a = a.contiguous()
-    kernels.gradient_kernel[(slabs, splits)](
+    launch(
+        kernels.gradient_kernel, (slabs, splits),
         dh, z[0], z[-1], s[0], s[-1], b[0], b[-1], ds, a,
         dz[0], dz[-1], parts_ds[0], parts_ds[-1], parts_db[0], parts_db[-1], parts_da,
         rows, n, b[0].shape[1], b[-1].shape[1], len(a),
@@ -148,7 +152,8 @@ def _skinny(x: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tens
     slabs, splits, columns = _split(rows, n, t.m, t.n, x.device)
     xp = x.new_empty((splits, rows, rank_p) if p is not None else (1,), dtype=torch.float32)
     xq = x.new_empty((slabs, n, rank_q) if q is not None else (1,), dtype=torch.float32)
-    kernels.skinny_kernel[(slabs, splits)](
+    launch(
+        kernels.skinny_kernel, (slabs, splits),
         x, x if p is None else p, x if q is None else q, xp, xq,
         rows, n, 0 if p is None else p.shape[1], x.stride(0),
         0 if p is None else p.stride(0), 0 if p is None else p.stride(1), columns,
