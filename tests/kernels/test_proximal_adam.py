@@ -175,3 +175,6 @@ def test_what_does_not_fit_is_said():
     adam = ProximalAdam(run.lengths, run.weights)
     with pytest.raises(RequestError, match="80 factors"):
         adam.step(run.flat[:70], run.grads[0], run.active, 1e-2)
+    strided = torch.stack([run.grads[0]] * 2, 1)[:, 0]
+    with pytest.raises(RequestError, match="not float32 and contiguous"):
+        adam.step(run.flat, strided, run.active, 1e-2)

@@ -90,6 +90,14 @@ class ProximalAdam:
                 "Make a new ProximalAdam for other groups.",
                 "kernel_input",
             )
+        if any(
+            t.dtype != torch.float32 or not t.is_contiguous() or t.device != self.exp_avg.device for t in (flat, grad)
+        ):
+            raise RequestError(
+                f"The buffers are not float32 and contiguous on {self.exp_avg.device}.",
+                "Give flat.float().contiguous(), and a gradient alike.",
+                "kernel_input",
+            )
         self.steps += 1
         if self.backend == "torch":
             return proximal_adam_step(
