@@ -49,13 +49,16 @@ def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
         return Tile(16, 16, 0, 4, 1)
     if target < 80:
         return Tile(16, 16, 0, 4, 1)
+    if size == 4 and rank > 32 and target >= 100:
+        return Tile(16, 16, 0, 8, 1)
     if size == 4:
-        return Tile(64, 32, 0, 8, 2) if rank == 32 or (rank == 16 and not gated) else Tile(32, 32, 0, 8, 1)
+        wide = rank == 32 or (rank == 16 and not gated and target < 100)
+        return Tile(64, 32, 0, 8, 2) if wide else Tile(32, 32, 0, 8, 1)
     if rank == 16:
-        return Tile(64, 64, 0, 8 if gated or target >= 90 else 4, 2)
+        return Tile(64, 64, 0, 8 if gated or target >= 90 or target == 80 else 4, 2)
     if target >= 120 and rank == 64 and gated:
         return Tile(32, 32, 0, 8, 1)
-    return Tile(64, 32, 0, 4 if rank == 32 else 8, 2)
+    return Tile(64, 32, 0, 4 if rank == 32 and (gated or target < 100) else 8, 2)
 
 
 def padded(rank: int) -> int:
