@@ -78,8 +78,10 @@ WAYS = [{"up": "fused"}, {"up": "vendor"}, {"up": "fused", "down": "fused", "slo
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_kernels_in_the_interpreter(ways, seed, rows, widths, ranks, activation, gated, bias, dtype):
+    if dtype == torch.float16:
+        rows += 15  # of a single row's few roundings one may well be three times as lucky as another
     net = network(seed, rows, *widths, ranks, gated, bias)
     truth = run(naive_lora_ffn, torch.float64, *net, activation)
     plain = run(naive_lora_ffn, dtype, *net, activation)
