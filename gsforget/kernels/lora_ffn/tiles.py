@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+ROWS = 8  # rows of product tiles that share their columns in the L2 cache
+
 
 class Tile(NamedTuple):
     """One configuration: rows, columns and depth of a tile, warps and pipeline stages."""
@@ -28,7 +30,9 @@ def product_tile(target: int, size: int, rank: int) -> Tile:
     if target < 80:
         return Tile(32, 32, 32, 8 if rank > 32 else 4, 2)  # Triton multiplies on the ordinary cores there
     if size == 4:
-        return Tile(64, 64, 32, 8, 2) if rank > 32 else Tile(128, 64, 32, 8, 2)
+        if target in (100, 110) and rank <= 32:
+            return Tile(128, 128, 32, 8, 3)
+        return Tile(64, 64, 32, 8, 2) if rank > 32 or target >= 120 else Tile(128, 64, 32, 8, 2)
     return Tile(128, 128, 64, 8, 3)
 
 
@@ -38,8 +42,10 @@ def pass_tile(target: int, size: int, rank: int) -> Tile:
         return Tile(16, 16, 0, 4, 1)
     if target < 80:
         return Tile(32, 32, 0, 8, 1) if rank <= 32 else Tile(32, 16, 0, 8, 1)
+    if size == 4 and rank > 32:
+        return Tile(16, 16, 0, 8, 1) if target == 110 else Tile(32, 32, 0, 8, 1)
     if size == 4:
-        return {16: Tile(64, 64, 0, 8, 2), 32: Tile(64, 32, 0, 8, 2)}.get(rank, Tile(32, 32, 0, 8, 1))
+        return Tile(64, 64 if rank == 16 else 32, 0, 8, 2)
     return Tile(64, 64, 0, 8 if target >= 100 and rank > 32 else 4, 2)
 
 
@@ -48,17 +54,18 @@ def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
     if not target:
         return Tile(16, 16, 0, 4, 1)
     if target < 80:
-        return Tile(16, 16, 0, 4, 1)
-    if size == 4 and rank > 32 and target >= 100:
+        return Tile(16, 16, 0, 8 if gated and rank > 32 else 4, 1)
+    small = target in (86, 87, 89)  # what compiles without a spill on an A100 spills a few bytes there
+    if size == 4 and rank > 32:
         return Tile(16, 16, 0, 8, 1)
     if size == 4:
-        wide = rank == 32 or (rank == 16 and not gated and target < 100)
+        wide = rank == 32 or (rank == 16 and not gated and target < 100 and not small)
         return Tile(64, 32, 0, 8, 2) if wide else Tile(32, 32, 0, 8, 1)
     if rank == 16:
-        return Tile(64, 64, 0, 8 if gated or target >= 90 or target == 80 else 4, 2)
+        return Tile(64, 64, 0, 8, 2)
     if target >= 120 and rank == 64 and gated:
         return Tile(32, 32, 0, 8, 1)
-    return Tile(64, 32, 0, 4 if rank == 32 and (gated or target < 100) else 8, 2)
+    return Tile(64, 32, 0, 4 if rank == 32 and (gated or (target < 100 and not small)) else 8, 2)
 
 
 def padded(rank: int) -> int:
