@@ -72,8 +72,12 @@ def find_forms(model: nn.Module, blocks: list[FeedForward], example: Tensor) -> 
 
 def _form(block: FeedForward, modules: dict[str, nn.Module], calls: list[Any]) -> Form | None:
     """The form that agrees best with the module's one call."""
-    if len(calls) != 1 or any(_has_hooks(modules[n]) for n in block.linears):
-        return None
+    if (
+        len(calls) != 1
+        or "forward" in modules[block.name].__dict__
+        or any(_has_hooks(modules[n]) for n in block.linears)
+    ):
+        return None  # what somebody else has put there would be left out, or be gone afterwards
     inputs, options, output = calls[0]
     best: tuple[float, Form | None] = (AGREES, None)
     if len(inputs) != 1 or options or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):

@@ -118,12 +118,11 @@ class LoRAGroups:
     def attach(self) -> None:
         """Let active groups take part in the model's forward, and no others."""
         alive = self.active.tolist()
+        self._give_back_forwards()
         for group, form in enumerate(self.forms):
-            if form is not None:
-                module = self._modules[form.module]
-                module.__dict__.pop("forward", None)
-                if alive[group]:
-                    module.forward = _fused(form, {p.name: p for p in self.pairs if p.group == group})
+            if form is not None and alive[group]:
+                own = {p.name: p for p in self.pairs if p.group == group}
+                self._modules[form.module].forward = _fused(form, own)
         for pair in self.pairs:
             if self.forms[pair.group] is not None:
                 continue
@@ -139,12 +138,16 @@ class LoRAGroups:
 
     def detach(self) -> None:
         """Take everything off: the model computes what it computed before."""
-        for form in self.forms:
-            if form is not None:
-                self._modules[form.module].__dict__.pop("forward", None)
+        self._give_back_forwards()
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+
+    def _give_back_forwards(self) -> None:
+        """Modules that are computed as a whole get the forward of their class again."""
+        for form in self.forms:
+            if form is not None:
+                self._modules[form.module].__dict__.pop("forward", None)
 
     def retire(self, groups: Iterable[int]) -> None:
         """Set groups to exactly zero and take them out of training."""

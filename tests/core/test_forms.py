@@ -107,6 +107,13 @@ def test_layers_with_hooks_of_their_own_are_called_as_they_are():
     assert find_forms(model, blocks, torch.randn(4, 3, 8, 8)) == [None]
 
 
+def test_a_forward_that_somebody_has_put_on_a_module_stays():
+    model = Model("plain").eval()
+    model.block.forward = model.block.forward
+    blocks = [FeedForward("block", ("block.up", "block.down"))]
+    assert find_forms(model, blocks, torch.randn(4, 3, 8, 8)) == [None]
+
+
 def test_layers_with_no_module_of_their_own_are_left_alone():
     """Hugging Face's layers lie in two modules, and the second one adds the residual."""
     model = Model("plain").eval()

@@ -1,6 +1,8 @@
 """Run folders as `forget` writes them, from a ViT that is small enough to be exported in a second."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +81,50 @@ def _make_run(parent, folder, index, seed, strength=0.1, **request):
     }
     write_file(folder / "request.json", json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_chain(make_original):
+    """make_chain(root, **request): an original, two erasures in a row, and keys, in a folder."""
+
+    def make(root, **request):
+        from gsforget.export.device.keys import new_keys
+
+        original = make_original(root / "original")
+        first = _make_run(original, root / "runs" / "forget-0001", 1, seed=1, **request)
+        _make_run(first, root / "runs" / "forget-0002", 2, seed=2, **request)
+        new_keys(root / "keys")
+        return original
+
+    return make
+
+
+def copy_chain(made, root):
+    """A copy of what `make_chain` has made, whose runs name their parents in the copy; where its parts are."""
+    shutil.copytree(made, root)
+    runs = root / "runs"
+    for run, parent in (("forget-0001", root / "original"), ("forget-0002", runs / "forget-0001")):
+        request = json.loads((runs / run / "request.json").read_text())
+        (runs / run / "request.json").write_text(json.dumps({**request, "parent": str(parent)}))
+    return SimpleNamespace(
+        original=root / "original",
+        first=runs / "forget-0001",
+        second=runs / "forget-0002",
+        key=root / "keys" / "signing.key",
+        public=root / "keys" / "signing.pub.json",
+    )
+
+
+@pytest.fixture
+def copied_chain(tmp_path, monkeypatch):
+    """copied_chain(made): a copy of a chain to change, which is also the current folder."""
+
+    def copied(made):
+        chain = copy_chain(made, tmp_path / "copy")
+        monkeypatch.chdir(tmp_path / "copy")
+        return chain
+
+    return copied
 
 
 @pytest.fixture

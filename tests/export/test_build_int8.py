@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,7 +22,6 @@ from gsforget.export.build.int8 import Int8Weight, after_erasure, int8_weights, 
 from gsforget.export.build.locate import NotLocated
 from gsforget.export.device.apply import apply, open_device
 from gsforget.export.device.factors import Factors
-from gsforget.export.device.keys import new_keys
 from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo
 from gsforget.export.device.onnx_file import read_properties
 from gsforget.export.device.package import read_package
@@ -239,34 +237,18 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, make_original, make_run, images):
+def made(tmp_path_factory, make_chain, images):
     """An original with its calibrated int8 file, two erasures in a row, and keys; read-only."""
     root = tmp_path_factory.mktemp("int8")
-    original = make_original(root / "original")
-    first = make_run(original, root / "runs" / "forget-0001", 1, seed=1, strength=0.05)
-    make_run(first, root / "runs" / "forget-0002", 2, seed=2, strength=0.05)
-    new_keys(root / "keys")
-    export_model(original, onnx=True, precision="int8", data=images, out=root / "artifacts")
+    export_model(make_chain(root, strength=0.05), onnx=True, precision="int8", data=images, out=root / "artifacts")
     return root
 
 
 @pytest.fixture
-def world(made, tmp_path, monkeypatch):
-    root = tmp_path / "world"
-    shutil.copytree(made, root)
-    monkeypatch.chdir(root)
-    runs = root / "runs"
-    for run, parent in (("forget-0001", root / "original"), ("forget-0002", runs / "forget-0001")):
-        request = json.loads((runs / run / "request.json").read_text())
-        (runs / run / "request.json").write_text(json.dumps({**request, "parent": str(parent)}))
-    return SimpleNamespace(
-        original=root / "original",
-        first=runs / "forget-0001",
-        second=runs / "forget-0002",
-        file=root / "artifacts" / "model-0000-int8.onnx",
-        key=root / "keys" / "signing.key",
-        public=root / "keys" / "signing.pub.json",
-    )
+def world(made, copied_chain):
+    chain = copied_chain(made)
+    chain.file = chain.original.parent / "artifacts" / "model-0000-int8.onnx"
+    return chain
 
 
 def test_the_calibrated_file(world):

@@ -6,7 +6,6 @@ import json
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -36,34 +35,17 @@ ENGINE = "-rtx-sm86-sm89"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make_original, make_run):
+def world(tmp_path_factory, make_chain):
     """An original with its fp32 ONNX file, two erasures in a row, and keys."""
     root = tmp_path_factory.mktemp("world")
-    original = make_original(root / "original")
-    first = make_run(original, root / "runs" / "forget-0001", 1, seed=1)
-    make_run(first, root / "runs" / "forget-0002", 2, seed=2)
-    new_keys(root / "keys")
-    export_model(original, onnx=True, out=root / "artifacts")
+    export_model(make_chain(root), onnx=True, out=root / "artifacts")
     return root
 
 
 @pytest.fixture
-def copied(world, tmp_path, monkeypatch):
+def copied(world, copied_chain):
     """A copy of the world to change; also the current folder."""
-    root = tmp_path / "copy"
-    shutil.copytree(world, root)
-    monkeypatch.chdir(root)
-    runs, keys = root / "runs", root / "keys"
-    for run, parent in (("forget-0001", root / "original"), ("forget-0002", runs / "forget-0001")):
-        request = json.loads((runs / run / "request.json").read_text())
-        (runs / run / "request.json").write_text(json.dumps({**request, "parent": str(parent)}))
-    return SimpleNamespace(
-        original=root / "original",
-        run=runs / "forget-0001",
-        second=runs / "forget-0002",
-        key=keys / "signing.key",
-        public=keys / "signing.pub.json",
-    )
+    return copied_chain(world)
 
 
 def patched(package_file, held, public, fleet: FleetKey | None = None):
@@ -95,7 +77,7 @@ def test_patches_in_order_give_the_bytes_of_fresh_exports(copied, tmp_path, prec
     apply(
         [Path("artifacts") / f"model-0000-{precision}{end}" for end in ends], device, trust=copied.public, device="cpu"
     )
-    for run, before in [(copied.run, copied.original), (copied.second, copied.run)]:
+    for run, before in [(copied.first, copied.original), (copied.second, copied.first)]:
         made = export_patch(run, previous=before, precision=precision, key=copied.key)
         package = made["artifacts"][0]
         assert package["kind"] == "patch"
@@ -111,9 +93,9 @@ def test_patches_in_order_give_the_bytes_of_fresh_exports(copied, tmp_path, prec
 
 def test_the_document_and_the_sidecar_of_a_patch(copied):
     told = []
-    made = export_patch(copied.run, previous=copied.original, key=copied.key, expires=30, progress=told.append)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key, expires=30, progress=told.append)
     package, artifact = made["artifacts"]
-    path = copied.run / "artifacts" / "patch-0001-fp32.gsf"
+    path = copied.first / "artifacts" / "patch-0001-fp32.gsf"
     assert package["path"] == str(path)
     assert (package["bytes"], package["sha256"]) == (path.stat().st_size, sha256(path))
     assert (package["precision"], package["targets"], package["sequence"], package["requires"]) == ("fp32", [], 1, 0)
@@ -140,7 +122,7 @@ def test_the_document_and_the_sidecar_of_a_patch(copied):
 def test_known_answers_tell_the_new_model_from_the_old_one(copied, precision):
     if precision != "fp32":
         export_model(copied.original, onnx=True, precision=precision)
-    made = export_patch(copied.run, previous=copied.original, key=copied.key, precision=precision)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key, precision=precision)
     answers = read_package(Path(made["artifacts"][0]["path"])).manifest.known_answers
     old, _ = open_at(Path("artifacts") / f"model-0000-{precision}.onnx", precision, Path())
     new, _ = open_at(Path(made["artifacts"][1]["path"]), precision, Path())
@@ -159,33 +141,33 @@ def test_known_answers_tell_the_new_model_from_the_old_one(copied, precision):
 
 
 def test_an_erasure_that_no_answer_shows_is_refused(copied, tmp_path):
-    tensors = load_file(copied.run / "delta.safetensors")
+    tensors = load_file(copied.first / "delta.safetensors")
     for name in list(tensors):
         if name.endswith(("::ea", "::eb")):
             tensors[name] -= 10
     rewrite(copied, tensors)
     with pytest.raises(GateError) as refused:
-        export_patch(copied.run, previous=copied.original, key=copied.key)
+        export_patch(copied.first, previous=copied.original, key=copied.key)
     assert refused.value.kind == "no_known_answers"
-    assert not (copied.run / "artifacts").exists() or not list((copied.run / "artifacts").iterdir())
+    assert not (copied.first / "artifacts").exists() or not list((copied.first / "artifacts").iterdir())
 
 
 def rewrite(copied, tensors):
     """Another delta, and the weights that it leads to."""
     from gsforget.lora.grid import merge, read_delta
 
-    save_file(tensors, copied.run / "delta.safetensors")
+    save_file(tensors, copied.first / "delta.safetensors")
     state = load_file(copied.original / "model.safetensors")
-    for name, factors in read_delta(copied.run / "delta.safetensors").items():
+    for name, factors in read_delta(copied.first / "delta.safetensors").items():
         state[name] = merge(state[name], factors)
-    save_file(state, copied.run / "model.safetensors", {"format": "pt"})
+    save_file(state, copied.first / "model.safetensors", {"format": "pt"})
 
 
 def test_the_onnx_file_before_is_made_again_where_it_is_gone(copied):
     export_model(copied.original, onnx=True, precision="fp16")
     wanted = sha256(Path("artifacts/model-0000-fp16.onnx"))
     Path("artifacts/model-0000-fp16.onnx").unlink()
-    made = export_patch(copied.run, previous=copied.original, key=copied.key, precision="fp16")
+    made = export_patch(copied.first, previous=copied.original, key=copied.key, precision="fp16")
     (artifact,) = read_package(Path(made["artifacts"][0]["path"])).manifest.artifacts
     assert artifact.before is not None
     assert artifact.before.sha256 == wanted
@@ -194,38 +176,38 @@ def test_the_onnx_file_before_is_made_again_where_it_is_gone(copied):
     sidecar = Path("artifacts/model-0000-fp16.onnx.json")
     sidecar.write_text(sidecar.read_text().replace(wanted, "0" * 64))
     with pytest.raises(RequestError, match="another file than its sidecar describes"):
-        export_patch(copied.run, previous=copied.original, key=copied.key, precision="fp16")
+        export_patch(copied.first, previous=copied.original, key=copied.key, precision="fp16")
     sidecar.unlink()
-    made = export_patch(copied.run, previous=copied.original, key=copied.key, precision="fp16")
+    made = export_patch(copied.first, previous=copied.original, key=copied.key, precision="fp16")
     assert any("made again" in note and wanted[:16] in note for note in made["not_tested"])
 
 
 def test_a_file_instead_of_a_folder(copied):
     shutil.move("artifacts", "elsewhere")
     given = Path("elsewhere/model-0000-fp32.onnx")
-    made = export_patch(copied.run, previous=given, key=copied.key)
+    made = export_patch(copied.first, previous=given, key=copied.key)
     assert made["artifacts"][0]["kind"] == "patch"
     with pytest.raises(RequestError) as wrong:
-        export_patch(copied.run, previous=given, key=copied.key, precision="fp16")
+        export_patch(copied.first, previous=given, key=copied.key, precision="fp16")
     assert (wrong.value.kind, wrong.value.hint) == ("wrong_precision", "Type --precision fp32.")
     given.with_name(f"{given.name}.json").unlink()
     with pytest.raises(RequestError, match="no sidecar"):
-        export_patch(copied.run, previous=given, key=copied.key)
+        export_patch(copied.first, previous=given, key=copied.key)
 
 
 def test_refusals(copied, monkeypatch):
     def refused(error, **options):
         with pytest.raises(error) as found:
-            export_patch(copied.run, **{"previous": copied.original, "key": copied.key, **options})
+            export_patch(copied.first, **{"previous": copied.original, "key": copied.key, **options})
         return found.value
 
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(copied.run.parent / "nothing"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(copied.first.parent / "nothing"))
     monkeypatch.delenv("GSFORGET_KEY", raising=False)
     assert "gsforget keys new" in refused(RequestError, key=None).hint
     assert refused(RequestError, previous=None).kind == "no_from"
     not_parent = refused(RequestError, previous=copied.second)
     assert (not_parent.kind, not_parent.hint) == ("not_parent", f"Type --from {copied.original}.")
-    assert refused(RequestError, previous=copied.run).kind == "not_parent"
+    assert refused(RequestError, previous=copied.first).kind == "not_parent"
     assert refused(RequestError, expires=0).kind == "bad_expires"
     assert "its scales with it" in refused(RequestError, precision="int8").message
     assert refused(RequestError, precision="fp8").kind == "bad_precision"
@@ -237,31 +219,31 @@ def test_refusals(copied, monkeypatch):
     file = Path("artifacts/model-0000-fp32.onnx")
     file.write_bytes(file.read_bytes() + b"\0")
     assert refused(SafetyError).kind == "hash_mismatch"
-    assert not (copied.run / "artifacts").exists()
+    assert not (copied.first / "artifacts").exists()
 
 
 def test_tampered_and_purged_factors_are_refused(copied):
-    tensors = load_file(copied.run / "delta.safetensors")
+    tensors = load_file(copied.first / "delta.safetensors")
     tensors[f"{FC1}::b"][0, 0] += 1
-    save_file(tensors, copied.run / "delta.safetensors")
+    save_file(tensors, copied.first / "delta.safetensors")
     with pytest.raises(SafetyError) as tampered:
-        export_patch(copied.run, previous=copied.original, key=copied.key)
+        export_patch(copied.first, previous=copied.original, key=copied.key)
     assert tampered.value.kind == "delta_mismatch"
-    (copied.run / "delta.safetensors").unlink()
-    (copied.run / "audit").mkdir()
+    (copied.first / "delta.safetensors").unlink()
+    (copied.first / "audit").mkdir()
     entry = {"path": "delta.safetensors", "sha256": "0" * 64, "bytes": 1, "why": "", "date": "2026-01-31T12:00:00Z"}
-    (copied.run / "audit" / "purged.json").write_text(json.dumps({"complete": True, "removed": [entry]}))
+    (copied.first / "audit" / "purged.json").write_text(json.dumps({"complete": True, "removed": [entry]}))
     with pytest.raises(RequestError, match="removed by gsforget purge on 2026-01-31") as purged:
-        export_patch(copied.run, previous=copied.original, key=copied.key)
+        export_patch(copied.first, previous=copied.original, key=copied.key)
     assert "--full" in purged.value.hint
 
 
 def test_a_tensor_that_changed_beside_the_factors_is_refused(copied):
-    state = load_file(copied.run / "model.safetensors")
+    state = load_file(copied.first / "model.safetensors")
     state["head.bias"][0] += 1
-    save_file(state, copied.run / "model.safetensors", {"format": "pt"})
+    save_file(state, copied.first / "model.safetensors", {"format": "pt"})
     with pytest.raises(SafetyError, match=r"head\.bias"):
-        export_patch(copied.run, previous=copied.original, key=copied.key)
+        export_patch(copied.first, previous=copied.original, key=copied.key)
 
 
 def test_what_cannot_be_proven_is_packed_whole(copied):
@@ -271,7 +253,7 @@ def test_what_cannot_be_proven_is_packed_whole(copied):
     onnx.save(model, file)
     sidecar = json.loads(file.with_name(f"{file.name}.json").read_text())
     file.with_name(f"{file.name}.json").write_text(json.dumps({**sidecar, "sha256": sha256(file)}))
-    made = export_patch(copied.run, previous=copied.original, key=copied.key)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key)
     package, artifact = made["artifacts"]
     assert (package["kind"], Path(package["path"]).name) == ("full", "model-0001-fp32.gsf")
     assert package["replaces"][0]["patched_equals_rebuilt"] is None
@@ -285,12 +267,12 @@ def test_an_engine_with_merged_tensors_is_packed_whole_beside_the_patch_of_the_o
     state = load_file(copied.original / "model.safetensors")
     state[FC1.replace("0", "1")] = state[FC1].clone()
     save_file(state, copied.original / "model.safetensors", {"format": "pt"})
-    rewrite(copied, load_file(copied.run / "delta.safetensors"))
-    request = json.loads((copied.run / "request.json").read_text())
+    rewrite(copied, load_file(copied.first / "delta.safetensors"))
+    request = json.loads((copied.first / "request.json").read_text())
     request["parent_sha256"] = sha256(copied.original / "model.safetensors")
-    (copied.run / "request.json").write_text(json.dumps(request))
+    (copied.first / "request.json").write_text(json.dumps(request))
     export_model(copied.original, onnx=True, trt=True, backend="rtx", targets=("sm86",), batch=(1, 2, 4))
-    made = export_patch(copied.run, previous=copied.original, key=copied.key)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key)
     kinds = {Path(a["path"]).name: a["kind"] for a in made["artifacts"]}
     assert kinds["patch-0001-fp32.gsf"] == "patch"
     assert kinds["model-0001-fp32-rtx-sm86.gsf"] == "full"
@@ -327,18 +309,18 @@ def test_of_many_class_names_only_the_changed_one_travels():
 
 def test_a_payload_for_a_fleet(copied, tmp_path):
     private, public = new_keys(tmp_path / "fleet", fleet=True)
-    made = export_patch(copied.run, previous=copied.original, key=copied.key, encrypt_for=public)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key, encrypt_for=public)
     package = Path(made["artifacts"][0]["path"])
     assert made["artifacts"][0]["encrypted_for"] == read_fleet_key(private).public.key_id
     held = {sha256(path): path for path in Path("artifacts").glob("*.onnx")}
     results = patched(package, held, copied.public, read_fleet_key(private))
     assert digest(results["model-0001-fp32.onnx"]) == made["artifacts"][1]["sha256"]
-    factors = load_file(copied.run / "delta.safetensors")[f"{FC1}::b"].numpy().tobytes()
+    factors = load_file(copied.first / "delta.safetensors")[f"{FC1}::b"].numpy().tobytes()
     assert factors not in package.read_bytes()
 
 
 def test_a_full_package_holds_the_model_and_its_engines(copied):
-    made = export_patch(copied.run, full=True, key=copied.key, precision="fp16")
+    made = export_patch(copied.first, full=True, key=copied.key, precision="fp16")
     package, artifact = made["artifacts"]
     results = patched(Path(package["path"]), {}, copied.public)
     assert {n: digest(c) for n, c in results.items()} == {"model-0001-fp16.onnx": artifact["sha256"]}
@@ -348,14 +330,14 @@ def test_a_full_package_holds_the_model_and_its_engines(copied):
 
 
 def test_a_patch_names_no_erased_class_and_no_place(copied):
-    made = export_patch(copied.run, previous=copied.original, key=copied.key)
+    made = export_patch(copied.first, previous=copied.original, key=copied.key)
     written = read_package(Path(made["artifacts"][0]["path"])).signed
     assert b'"bee"' not in written
-    assert str(copied.run.parent).encode() not in written
+    assert str(copied.first.parent).encode() not in written
 
 
 def test_the_head_stays_as_it_was(copied):
     assert torch.equal(
-        load_file(copied.run / "model.safetensors")["head.weight"],
+        load_file(copied.first / "model.safetensors")["head.weight"],
         load_file(copied.original / "model.safetensors")["head.weight"],
     )

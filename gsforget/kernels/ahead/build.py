@@ -67,7 +67,7 @@ def compile_kernels(
             "ptxas": tools.ptxas,
             "names": names,
             "shared_limit": chip.shared,
-            "sources": {module: _source_sha256(module) for module in sorted({s.module for s in specs})},
+            "sources": {module: source_sha256(module) for module in sorted({s.module for s in specs})},
             "kernels": entries,
         }
         _write(scratch / FILE, json.dumps(manifest, indent=1).encode())
@@ -144,11 +144,10 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _source_sha256(module: str) -> str:
+def source_sha256(module: str) -> str | None:
+    """SHA-256 of a module's file as it is installed; None where there is none."""
     found = importlib.util.find_spec(module)
-    assert found is not None
-    assert found.origin is not None
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+    return None if found is None or not found.origin else hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

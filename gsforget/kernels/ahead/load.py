@@ -98,9 +98,8 @@ class Kernel:
             stream = torch.cuda.current_stream().cuda_stream
         addresses = (HANDLE * len(packed))(*(ctypes.addressof(p) for p in packed))
         sizes = (*grid, self.entry["threads"], 1, 1, self.entry["shared"])
-        if self.entry["options"].get(
-            "launch_cooperative_grid"
-        ):  # programs wait for each other: all run at once or none
+        # Programs that wait for each other run all at once, or none does.
+        if self.entry["options"].get("launch_cooperative_grid"):
             self._call("cuLaunchCooperativeKernel", self.function, *sizes, stream, addresses)
         else:
             self._call("cuLaunchKernel", self.function, *sizes, stream, addresses, None)

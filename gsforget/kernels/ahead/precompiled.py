@@ -7,8 +7,6 @@ no folder is named, where its content is refused (logged once), and where no com
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gsforget.errors import GsforgetError, RequestError
-from gsforget.kernels.ahead.build import FILE
+from gsforget.kernels.ahead.build import FILE, source_sha256
 from gsforget.kernels.ahead.load import ALIGNMENT, FLOATS, Kernel, open_folder
 
 VARIABLE = "GSFORGET_KERNEL_DIR"
@@ -66,8 +64,7 @@ def open_current(place: Path, target: int) -> dict[str, Any]:
     """
     manifest = open_folder(place, target)
     for module, digest in manifest["sources"].items():
-        found = importlib.util.find_spec(module)
-        if found is None or not found.origin or hashlib.sha256(Path(found.origin).read_bytes()).hexdigest() != digest:
+        if source_sha256(module) != digest:
             raise RequestError(
                 f"The kernels in {place} were compiled from another version of {module}.",
                 f"Type gsforget kernels compile --target sm_{target}.",

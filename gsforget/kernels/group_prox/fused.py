@@ -56,6 +56,8 @@ class ProximalAdam:
             self._prepare(programs)
 
     def _prepare(self, programs: int | None) -> None:
+        from gsforget.kernels.group_prox.kernel import PHASES
+
         device, count = self.weights.device, len(self.lengths)
         self.programs = programs or self._fitting()
         self.width = max(2, 1 << (self.programs - 1).bit_length())
@@ -63,7 +65,7 @@ class ProximalAdam:
         self._weights = self.weights.float()
         self._steps = torch.zeros(count, dtype=torch.int64, device=device)
         self._counters = torch.zeros(count, dtype=torch.int64, device=device)
-        self._slots = torch.zeros((8, count, self.width, 2), device=device)
+        self._slots = torch.zeros((PHASES.value, count, self.width, 2), device=device)
         self._lr, self._strength = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def _fitting(self) -> int:
@@ -129,10 +131,10 @@ class ProximalAdam:
 
         if self.backend == "triton":
             launch(1, WAIT=True, num_warps=WARPS, launch_cooperative_grid=True)
-            return ProxStep(norms.double(), critical.double())
-        # The interpreter runs one program after the other, so that none can wait for the next.  Repeating the launch
-        # without writing makes the sums of one more phase right each time; the last launch finds all of them right.
-        for _ in range(PHASES.value if self.programs > 1 else 0):
-            launch(0, WAIT=False)
-        launch(1, WAIT=False)
+        else:
+            # The interpreter runs one program after the other, so that none can wait for the next.  Repeating the launch
+            # without writing makes the sums of one more phase right each time; the last launch finds all of them right.
+            for _ in range(PHASES.value if self.programs > 1 else 0):
+                launch(0, WAIT=False)
+            launch(1, WAIT=False)
         return ProxStep(norms.double(), critical.double())

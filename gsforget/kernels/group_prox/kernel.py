@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 NEWTON = tl.constexpr(6)  # passes of Newton's method; 5 were the most that random groups needed
-PHASES = tl.constexpr(8)  # barriers of one launch: the first sums, Newton's, the norm
+PHASES = tl.constexpr(NEWTON.value + 2)  # barriers of one launch: the first sums, Newton's, the norm
 
 
 @triton.jit
@@ -29,6 +29,13 @@ def _meet(counter, target, WAIT: tl.constexpr):
         while seen < target:
             seen = tl.atomic_add(counter, 0, sem="acquire")
     tl.debug_barrier()
+
+
+@triton.jit
+def _from_all(at, PROGRAMS: tl.constexpr, WIDTH: tl.constexpr):
+    """What the programs of a group have stored in one slot each, 0 beyond them: float32 [WIDTH], past the L1 cache."""
+    who = tl.arange(0, WIDTH)
+    return tl.load(at + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -86,7 +93,6 @@ def proximal_adam_kernel(
         high = min(low + share, length)
         start = tl.load(offsets + group)
         each = tl.arange(0, BLOCK)
-        who = tl.arange(0, WIDTH)
         at = slots + group * (WIDTH * 2)
         stride = groups * (WIDTH * 2)
 
@@ -101,8 +107,8 @@ def proximal_adam_kernel(
         tl.store(at + chunk * 2, squares)
         tl.store(at + chunk * 2 + 1, widest)
         _meet(counter, base + PROGRAMS, WAIT)
-        squares = tl.sum(tl.load(at + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
-        widest = tl.max(tl.load(at + who * 2 + 1, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
+        squares = tl.sum(_from_all(at, PROGRAMS, WIDTH))
+        widest = tl.max(_from_all(at + 1, PROGRAMS, WIDTH))
         pull = tl.sqrt(squares)
         dead = pull <= s  # false for NaN, which stays visible
         theta = tl.where(dead, 1.0, (pull - s) / widest)
@@ -125,10 +131,8 @@ def proximal_adam_kernel(
                 tl.store(at + k * stride + chunk * 2, g2)
                 tl.store(at + k * stride + chunk * 2 + 1, g3)
                 _meet(counter, base + (k + 1) * PROGRAMS, WAIT)
-                g2 = tl.sum(tl.load(at + k * stride + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg"))
-                g3 = tl.sum(
-                    tl.load(at + k * stride + who * 2 + 1, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
-                )
+                g2 = tl.sum(_from_all(at + k * stride, PROGRAMS, WIDTH))
+                g3 = tl.sum(_from_all(at + k * stride + 1, PROGRAMS, WIDTH))
                 theta += g2 / g3 * (tl.sqrt(g2) - 1.0)
 
         squares = 0.0
@@ -146,9 +150,7 @@ def proximal_adam_kernel(
         tl.store(at + (PHASES - 1) * stride + chunk * 2, squares)
         if chunk == PROGRAMS - 1:  # the last one to read `step` where programs run in order
             _meet(counter, base + PHASES * PROGRAMS, WAIT)
-            squares = tl.sum(
-                tl.load(at + (PHASES - 1) * stride + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
-            )
+            squares = tl.sum(_from_all(at + (PHASES - 1) * stride, PROGRAMS, WIDTH))
             tl.store(norms + group, tl.sqrt(squares))
             tl.store(critical + group, pull / weight)
             if store != 0:

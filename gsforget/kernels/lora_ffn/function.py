@@ -163,14 +163,10 @@ _compiled.register_autograd(_pull_back, setup_context=_remember)
 def _as_autocast(x: Tensor, layers: list[Layer]) -> tuple[Tensor, list[Layer]]:
     """Everything in the type in which autocast computes linear layers; the pairs in x's type where it is off."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-
-    def cast(t: Tensor | None, to: torch.dtype) -> Tensor | None:
-        return t if t is None else t.to(to)
-
-    if torch.is_autocast_enabled(kind):
-        return x.to(dtype), [Layer(*(cast(t, dtype) for t in layer)) for layer in layers]  # type: ignore[arg-type]
-    return x, [layer._replace(a=layer.a.to(dtype), b=layer.b.to(dtype)) for layer in layers]
+    if not torch.is_autocast_enabled(kind):
+        return x, [layer._replace(a=layer.a.to(x.dtype), b=layer.b.to(x.dtype)) for layer in layers]
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    return x.to(dtype), [Layer(*(t if t is None else t.to(dtype) for t in layer)) for layer in layers]  # type: ignore[arg-type]
 
 
 def _check(x: Tensor, layers: list[Layer], activation: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 
-from gsforget.kernels.lora_ffn.tiles import Tile, gradient_tile, pass_tile, product_tile
+from gsforget.kernels.lora_ffn.tiles import ROWS, Tile, gradient_tile, pass_tile, product_tile
 from gsforget.kernels.spec import Spec
 
 MODULE = "gsforget.kernels.lora_ffn.kernels"
@@ -35,7 +35,7 @@ def _products(target: int, dtype: str, rank: int) -> Iterator[Spec]:
         forward = epilogue != "grad" and bias  # w is [N, K] transposed there, [K, N] in the backward
         constants = {
             "ACT": act, "EPILOGUE": epilogue, "BIAS": bias, "STORE_Z": keep, "BM": t.m, "BN": t.n, "BK": t.k,
-            "RANK": rank, "ROWS": 8, "UPCAST": False, ("stride_wk" if forward else "stride_wn"): 1,
+            "RANK": rank, "ROWS": ROWS, "UPCAST": False, ("stride_wk" if forward else "stride_wn"): 1,
             ("stride_br" if forward else "stride_bn"): 1,
         }  # fmt: skip
         yield Spec(

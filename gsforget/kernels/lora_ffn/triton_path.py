@@ -14,10 +14,9 @@ from torch import Tensor
 from gsforget.kernels.ahead.precompiled import launch
 from gsforget.kernels.lora_ffn import dispatch, kernels
 from gsforget.kernels.lora_ffn.naive import Layer
-from gsforget.kernels.lora_ffn.tiles import gradient_tile, padded, pass_tile, product_tile
+from gsforget.kernels.lora_ffn.tiles import ROWS, gradient_tile, padded, pass_tile, product_tile
 from gsforget.kernels.lora_ffn.torch_path import Pair
 
-ROWS = 8  # rows of tiles that share their columns in the L2 cache
 WAVES = 2  # programs per multiprocessor that a pass over a slab aims at
 PROCESSORS = 132  # multiprocessors, where the device cannot be asked
 
@@ -27,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """x [M, K] -> y [M, K'], and z_i, S_i of each first layer, S of the last for the backward.  See `torch_path`."""
     s = [_skinny_p(x, layer.a.t()) for layer in firsts]
-    if fused_up(x, firsts):
+    if _fused_up(x, firsts):
         layer = firsts[0]
         z = x.new_empty((len(x), len(layer.weight))) if keep else x.new_empty((1, 1))
         h = _product(x, layer.weight.t(), s[0], layer.b.t(), layer.bias, z, activation, "act", keep)
@@ -50,8 +49,8 @@ def backward(
         dy = dy.contiguous()
     ds, db = _skinny(dy, last.b, s_last)
     rank = last.a.shape[0]
-    complete = fused_up(x, firsts)  # z holds the pair's term already
-    if count == 1 and complete and dispatch.choose("slope", x, dy.shape[0], z[0].shape[1], dy.shape[1]) == "fused":
+    complete = _fused_up(x, firsts)  # z holds the pair's term already
+    if complete and dispatch.choose("slope", x, dy.shape[0], z[0].shape[1], dy.shape[1]) == "fused":
         dh, done = _product(dy, last.weight, ds, last.a, None, z[0], activation, "grad", False), True
     else:
         dh, done = dy @ last.weight, False
@@ -69,7 +68,7 @@ def backward(
     return dx, pairs
 
 
-def fused_up(x: Tensor, firsts: tuple[Layer, ...]) -> bool:
+def _fused_up(x: Tensor, firsts: tuple[Layer, ...]) -> bool:
     """Whether the first product takes the activation into its epilogue."""
     n, k = firsts[0].weight.shape
     return len(firsts) == 1 and dispatch.choose("up", x, len(x), n, k) == "fused"
