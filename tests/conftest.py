@@ -9,6 +9,14 @@ import pytest
 # The networks here are so small that more threads only wait for each other; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton settles at its first import whether it interprets, and torch may import it on any test's behalf: so it is done
+# here, before all of them.  What is compiled is compiled in processes of its own, which do not inherit the variable.
+os.environ["TRITON_INTERPRET"] = "1"
+import triton
+
+triton.knobs.runtime.interpret = True  # for kernels that are imported later, when the variable is gone
+del os.environ["TRITON_INTERPRET"]
+
 NAMES = ["ant", "bee", "cat", "dog"]
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}

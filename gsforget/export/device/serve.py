@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gsforget.errors import GsforgetError, RequestError
@@ -122,26 +124,39 @@ class Server:
 
 
 def run_until_stopped(server: Server, on_start: Callable[[dict[str, Any]], None]) -> bool:
-    """Start a server and stop it on SIGTERM, or on Ctrl-C, which is passed on.
+    """Start a server and stop it on SIGTERM, or on Ctrl-C, which is passed on; a second signal ends it at once.
+
+    Ctrl-C raises nothing before the end: raised wherever this thread happens to be, in an import's callback it would
+    be swallowed, and the import lock stay taken for all requests.
 
     Args:
         on_start: told what ``Server.start`` returns, once it answers.
 
     Returns whether all requests in flight were answered.  Raises GsforgetError where the server ended by itself.
     """
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    asked: SimpleQueue[int] = SimpleQueue()  # the one queue that a signal handler may put to
+    before = {n: signal.signal(n, lambda number, _: asked.put(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         on_start(server.start())
-        while not asked.wait(1.0):
-            if not server.alive:
-                raise GsforgetError("The server has ended by itself.", "Start it again; its log says why.", "ended")
+        number = _wait(asked, server)
     except BaseException:
         server.stop()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-    return server.stop()
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    drained = server.stop()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    return drained
+
+
+def _wait(asked: SimpleQueue[int], server: Server) -> int:
+    """The signal that ends the server."""
+    while server.alive:
+        with contextlib.suppress(Empty):
+            return asked.get(timeout=1.0)
+    raise GsforgetError("The server has ended by itself.", "Start it again; its log says why.", "ended")
 
 
 def _listen(endpoint: Endpoint, host: str, port: int, limit: int) -> tuple[Any, int]:
