@@ -1,1 +1,57 @@
-"""Other ways to forget, to measure beside: a function of model, images, mask and request each (see `base`)."""
+"""Other ways to forget, to measure beside: one file each, see `base.Method`, and `docs/adding-a-method.md`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gsforget.errors import RequestError
+
+if TYPE_CHECKING:
+    from gsforget.baselines.base import Method
+
+# Where each method lies: module of this room, and the name of its `Method` there.
+PLACES = {
+    "head-mask": ("head_mask", "METHOD"),
+    "finetune": ("finetune", "METHOD"),
+    "neggrad+": ("neggrad", "METHOD"),
+    "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
+    "published-gs-lora++": ("published", "METHOD"),
+}
+
+
+def find_method(name: str) -> Method:
+    """A method by name, or `METHOD` of a Python file of the user's own, which runs its code.
+
+    Raises:
+        RequestError: kind ``unknown_method`` with the nearest names, ``bad_method`` for a file that defines none.
+    """
+    if name.endswith(".py"):
+        return _of_file(Path(name))
+    if name not in PLACES:
+        near = difflib.get_close_matches(name, PLACES, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(PLACES)}."
+        raise RequestError(f"There is no method called {name}.", hint, "unknown_method")
+    module, attribute = PLACES[name]
+    return getattr(importlib.import_module(f"gsforget.baselines.{module}"), attribute)
+
+
+def _of_file(path: Path) -> Method:
+    from gsforget.baselines.base import Method
+
+    if not path.is_file():
+        raise RequestError(f"There is no file {path}.", "Give a Python file that defines METHOD.", "unknown_method")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    method = getattr(module, "METHOD", None)
+    if not isinstance(method, Method):
+        raise RequestError(
+            f"{path} defines no METHOD.", "Define METHOD = Method(…), see docs/adding-a-method.md.", "bad_method"
+        )
+    return method

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ class BaselineRequest:
         erased: class indices that earlier requests forgot; their images are left out of training.
         num_classes: K, columns of the logits.
         task: 0 for the first request of a chain; published settings differ between requests.
-        epochs: passes over the retained images.
+        epochs: passes over the retained images at most; the budget that all methods have.
     """
 
     forget: tuple[int, ...]
@@ -59,14 +59,41 @@ class Result:
 class Baseline(Protocol):
     """A way to forget."""
 
-    def __call__(self, model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest) -> Result:
+    def __call__(
+        self, model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest, settings: Any
+    ) -> Result:
         """
         Args:
             model: logits from images, on the device on which to train; it is the same afterwards.
             images: training images by index.
             forget: bool [N], which of them belong to `request.forget`.
+            settings: an object of the method's `settings` class.
+
+        Raises:
+            GsforgetError: kind ``diverged`` where the training ends in numbers that are none.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to forget with its name and numbers: what a file of this room is to define as `METHOD`.
+
+    Attributes:
+        name: as `gsforget bench --methods` spells it.
+        paper: authors, place and year, arXiv number.
+        run: the function itself.
+        settings: makes a frozen dataclass whose defaults are the published numbers.
+        trials: changes of these that tuning tries beside the defaults, on the first request of a protocol.
+        control: "negative" for what must fail the audit, "positive" for what must pass it, "" for methods.
+    """
+
+    name: str
+    paper: str
+    run: Baseline
+    settings: Callable[..., Any]
+    trials: tuple[dict[str, Any], ...] = ()
+    control: str = ""
 
 
 @contextmanager

@@ -8,9 +8,10 @@ model audits nothing.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gsforget.baselines.base import BaselineRequest, Result, frozen, plain_state
+from gsforget.baselines.base import BaselineRequest, Method, Result, frozen, plain_state
 from gsforget.errors import RequestError
 
 if TYPE_CHECKING:
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 BIAS = -1e4  # below any logit, and a number that float16 holds
 
 
-def head_mask(model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest) -> Result:
+@dataclass(frozen=True)
+class HeadMaskSettings:
+    """There is nothing to set."""
+
+
+def head_mask(
+    model: nn.Module,
+    images: Images,
+    forget: Tensor,
+    request: BaselineRequest,
+    settings: HeadMaskSettings | None = None,
+) -> Result:
     """Mask the classes of this request and of earlier ones; logits of all others stay bit-identical.
 
     Raises:
@@ -47,3 +59,6 @@ def head_mask(model: nn.Module, images: Images, forget: Tensor, request: Baselin
     state[f"{classifier}.weight"][rows] = 0
     state[f"{classifier}.bias"][rows] = BIAS
     return Result(state, time.perf_counter() - start)
+
+
+METHOD = Method("head-mask", "the negative control of this project", head_mask, HeadMaskSettings, control="negative")

@@ -26,6 +26,7 @@ What differs from the release, and why:
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
-from gsforget.baselines.base import BaselineRequest, Result, frozen, plain_state
+from gsforget.baselines.base import BaselineRequest, Method, Result, frozen, plain_state
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, features_and_logits, find_classifier
 from gsforget.lora.blocks import as_logits, find_feed_forward
@@ -312,3 +313,19 @@ def _scaled(pair: LoRAPair, scale: float):
         return output + scale * linear(linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype))
 
     return add
+
+
+METHOD = Method(
+    "published-gs-lora++",
+    "Zhao et al., T-PAMI 2026, arXiv 2501.09705",
+    published_gs_lora,
+    PublishedSettings,
+    ({"bnd": 20.0}, {"bnd": 20.0, "lr": 3e-3}, {"lr": 3e-3}, {"push": 0.01}, {"alpha": 1e-3}),
+)
+WITHOUT_PROTOTYPES = Method(
+    "published-gs-lora",
+    "Zhao et al., CVPR 2024, arXiv 2403.11530",
+    published_gs_lora,
+    functools.partial(PublishedSettings, prototypes=False),
+    ({"bnd": 20.0}, {"bnd": 20.0, "lr": 3e-3}, {"lr": 3e-3}, {"alpha": 1e-3}),
+)

@@ -1,7 +1,6 @@
 """The published loop against closed forms, and the head mask, which must change answers only."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,38 +19,9 @@ from gsforget.baselines.published import (
 )
 from gsforget.errors import RequestError
 from gsforget.features import features_and_logits, find_classifier
-from gsforget.folder import load_model
+from gsforget.views import Given
 
 BEE = 1
-
-
-class Pictures:
-    """Images in memory."""
-
-    def __init__(self, pixels, labels):
-        self.pixels, self.labels = pixels, labels
-
-    def batch(self, indices):
-        return self.pixels[indices]
-
-
-@pytest.fixture(scope="module")
-def tiny(world):
-    """Images of both splits as the model of the world reads them, and the mask of the bees among the training images."""
-    from gsforget.export.device.preprocess import Preprocess
-
-    config = load_model(world.model)[1]
-    prepare = Preprocess.from_dict(config.to_json())
-
-    def read(split):
-        files = [(p, k) for k, n in enumerate(world.names) for p in sorted((world.data / split / n).iterdir())]
-        labels = torch.tensor([k for _, k in files])
-        return Pictures(torch.stack([torch.from_numpy(prepare.load(p)) for p, _ in files]), labels)
-
-    train = read("train")
-    return SimpleNamespace(
-        config=config, train=train, test=read("test"), bees=train.labels == BEE, load=lambda: load_model(world.model)[0]
-    )
 
 
 def request(epochs=0, task=0, seed=0, **more):
@@ -232,7 +202,7 @@ def test_averaged_weights_are_the_result_where_asked_for(tiny):
 
 def test_images_of_earlier_requests_are_not_retained(tiny):
     """Turning their pixels into NaN would poison the run if one of them were used."""
-    poisoned = Pictures(tiny.train.pixels.clone(), tiny.train.labels)
+    poisoned = Given(tiny.train.pixels.clone(), tiny.train.labels)
     poisoned.pixels[tiny.train.labels == 2] = torch.nan
     result = published_gs_lora(tiny.load(), poisoned, tiny.bees, request(epochs=1, erased=(2,)))
     assert all(torch.isfinite(v).all() for v in result.state_dict.values())
@@ -264,5 +234,5 @@ def test_head_mask_changes_the_answers_and_nothing_else(tiny):
 def test_head_mask_needs_a_bias():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False))
     with pytest.raises(RequestError) as caught:
-        head_mask(model, Pictures(torch.rand(4, 3, 2, 2), torch.arange(4)), torch.arange(4) == BEE, request())
+        head_mask(model, Given(torch.rand(4, 3, 2, 2), torch.arange(4)), torch.arange(4) == BEE, request())
     assert caught.value.kind == "no_bias"

@@ -1,0 +1,50 @@
+"""Small cases for baselines: the world's images in memory, and a network that is small enough to reckon by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from gsforget.baselines.base import BaselineRequest
+from gsforget.folder import load_model
+from gsforget.views import Given
+
+BEE = 1
+
+
+@pytest.fixture(scope="module")
+def tiny(world):
+    """Images of both splits as the model of the world reads them, and the mask of the bees among the training images."""
+    from gsforget.export.device.preprocess import Preprocess
+
+    config = load_model(world.model)[1]
+    prepare = Preprocess.from_dict(config.to_json())
+
+    def read(split):
+        files = [(p, k) for k, n in enumerate(world.names) for p in sorted((world.data / split / n).iterdir())]
+        labels = torch.tensor([k for _, k in files])
+        return Given(torch.stack([torch.from_numpy(prepare.load(p)) for p, _ in files]), labels)
+
+    train = read("train")
+    return SimpleNamespace(
+        config=config, train=train, test=read("test"), bees=train.labels == BEE, load=lambda: load_model(world.model)[0]
+    )
+
+
+@pytest.fixture
+def by_hand():
+    """Six images of one pixel row, three classes, a linear classifier over two features with known weights.
+
+    Class 2 is to be forgotten.  `images`, `forget`, `request`, `model`.
+    """
+    pixels = torch.tensor([[2.0, 0], [1, 0], [0, 2], [0, 1], [-1, -1], [-2, -2]]).view(6, 1, 1, 2)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.Linear(2, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(2))
+        model[1].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, -1]]))
+        model[2].bias.zero_()
+    request = BaselineRequest((2,), 3, epochs=1)
+    return SimpleNamespace(images=Given(pixels, labels), forget=labels == 2, request=request, model=model)
