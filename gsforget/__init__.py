@@ -14,6 +14,7 @@ _HOMES = {
     "audit_model": "gsforget.api",
     "export_model": "gsforget.api",
     "export_patch": "gsforget.api",
+    "run_bench": "gsforget.bench.open",
     "Settings": "gsforget.training",
     "Thresholds": "gsforget.request",
     "GsforgetError": "gsforget.errors",

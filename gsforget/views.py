@@ -39,6 +39,16 @@ class Given:
         return self.pixels[indices.cpu()]
 
 
+class Some:
+    """Rows of other images, int64 [N], as images of their own."""
+
+    def __init__(self, images: Images, rows: Tensor):
+        self.images, self.rows, self.labels = images, rows, images.labels[rows]
+
+    def batch(self, indices: Tensor) -> Tensor:
+        return self.images.batch(self.rows[indices.cpu()])
+
+
 class Views:
     """One view of each of some images.
 

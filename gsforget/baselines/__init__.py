@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 # Where each method lies: module of this room, and the name of its `Method` there.
 PLACES = {
+    "gs-lora": ("own", "WITHOUT_FEATURES"),
+    "gs-lora++": ("own", "METHOD"),
     "head-mask": ("head_mask", "METHOD"),
     "finetune": ("finetune", "METHOD"),
     "neggrad+": ("neggrad", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
+
+
+def method_names() -> list[str]:
+    """All names that `find_method` knows."""
+    return list(PLACES)
 
 
 def find_method(name: str) -> Method:

@@ -26,6 +26,7 @@ COMMANDS = (
     "purge",
     "keys",
     "kernels",
+    "bench",
 )
 
 

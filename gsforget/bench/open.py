@@ -1,0 +1,138 @@
+"""A bench from what a person names: methods, model, data, protocol or recipe; and the files that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsforget.errors import RequestError
+
+if TYPE_CHECKING:
+    from gsforget.bench.recipes import Recipe
+
+TABLE, CSV, FIGURE = "bench.md", "bench.csv", "bench.png"
+
+
+def run_bench(
+    methods: Sequence[str],
+    model: str | Path,
+    data: str | Path,
+    protocol: str,
+    *,
+    seeds: int = 3,
+    trials: int = 8,
+    epochs: int = 20,
+    shots: int | None = None,
+    missing: int = 0,
+    layout: str | None = None,
+    never_seen: Sequence[str | Path] = (),
+    relearn: bool = False,
+    class_names: Sequence[str] | None = None,
+    device: str = "auto",
+    out: str | Path = "bench",
+    again: Sequence[str] = (),
+    skip_corrupt: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure ways to forget side by side; what is stored in `out` already is not measured again.
+
+    Args:
+        methods: names of `gsforget.baselines`, "all", or Python files that define `METHOD`, whose code is run.
+        model: model folder to start from.
+        data: image folder as for `forget`, or in the layout that the recipe or `layout` names.
+        protocol: X-Y (see `protocols`), or a recipe (see `recipes`), which brings shots, missing, layout and settings.
+        trials: settings that each method may try on the first request, its published ones among them.
+        epochs: passes over the retained images that a method may make at most.
+        never_seen: model folders of models trained without a request's classes, one per request or one for all.
+        again: methods to measure anew.
+
+    Returns:
+        ``rows`` (see `table.Row`), ``setting``, ``failed``, ``published`` figures of a recipe, ``artifacts``.
+
+    Raises:
+        RequestError, SafetyError: see `gsforget.errors`; what fails inside a method is a row of the result instead.
+    """
+    from gsforget.baselines import find_method, method_names
+    from gsforget.bench.protocols import make_protocol
+    from gsforget.bench.recipes import find_recipe
+    from gsforget.bench.run import Bench, Options, code_sha256
+    from gsforget.data import ImageSet
+    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.folder import is_model_folder, read_config
+    from gsforget.predict import pick_device
+
+    say = progress or (lambda _text: None)
+    named = [name for m in methods for name in (method_names() if m == "all" else [m])]
+    chosen = [find_method(name) for name in dict.fromkeys(named)]
+    unknown = sorted({*again} - {m.name for m in chosen})
+    if not chosen or unknown:
+        raise RequestError(
+            f"{unknown[0]} is to be measured again, but is not among the methods."
+            if unknown
+            else "No method was named.",
+            "Name methods with --methods; gsforget bench --list shows them.",
+            "unknown_method",
+        )
+    folder = Path(model)
+    if not is_model_folder(folder):
+        raise RequestError(
+            f"{folder} is no model folder.", "Name a folder with model.safetensors and config.json.", "no_model"
+        )
+    config = read_config(folder)
+    if config.forgotten:
+        raise RequestError(
+            f"Classes were forgotten from {folder} already.", "Start from the original model.", "not_the_original"
+        )
+    recipe = None if protocol.replace("-", "").isdigit() else find_recipe(protocol)
+    if recipe:
+        protocol, shots, missing = recipe.protocol, recipe.shots, recipe.missing
+        layout = layout or recipe.layout
+    names = list(class_names) if class_names is not None else config.class_names
+    images = _open_data(Path(data), layout, names)
+    prepare = Preprocess.from_dict(config.to_json())
+    train, test = (ImageSet(split, prepare.load, skip_corrupt) for split in (images.train, images.test))
+    for split in (train, test):
+        split.check()
+    options = Options(
+        seeds, trials, epochs, tuple(map(Path, never_seen)), relearn, dict(recipe.settings) if recipe else {}
+    )
+    where = Path(out)
+    made = make_protocol(protocol, config.num_classes, shots, missing)
+    bench = Bench(folder, images, train, test, made, options, where, pick_device(device), say)
+    for name in again:
+        bench.forget_method(name)
+    changed = [m.name for m in chosen if bench.measured_with(m.name) not in (set(), {code_sha256(m)})]
+    content = bench.run(chosen)
+    return {**write(content, where, recipe), "older_code": changed}
+
+
+def write(content: dict[str, Any], out: Path, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Write table, CSV and figure beside `bench.json`, and say what is in them."""
+    from gsforget.bench import figure, table
+    from gsforget.bench.run import BENCH
+    from gsforget.folder import write_file
+
+    write_file(out / TABLE, table.markdown(content))
+    write_file(out / CSV, table.to_csv(content))
+    figure.draw(content, out / FIGURE)
+    found = table.rows(content)
+    return {
+        "setting": content["setting"],
+        "machine": content["machine"],
+        "rows": [row.to_json() for row in found],
+        "failed": [f"{row.method}: {text}" for row in found for text in row.failed],
+        "published": {"recipe": recipe.name, "figure": recipe.figure, **recipe.published} if recipe else None,
+        "table": {"columns": table.headings(content), "rows": [table.cells_of(row, content) for row in found]},
+        "artifacts": [str(out / name) for name in (BENCH, TABLE, CSV, FIGURE)],
+    }
+
+
+def _open_data(root: Path, layout: str | None, names: list[str]) -> Any:
+    from gsforget.data import scan
+
+    if layout is None:
+        return scan(root, names, missing_ok=True)
+    from gsforget.bench.layouts import open_layout
+
+    return open_layout(layout, root, names)

@@ -1,0 +1,169 @@
+"""The cells of a bench as one row per method, as CSV with a line per cell, and as Markdown.
+
+Figures over seeds are medians with the smallest and the largest; over requests the worst counts, except for H, which is
+shown for each.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+from gsforget.bench.store import Cell
+
+# Columns beside H: key of a cell, heading, whether large is bad, digits.
+COLUMNS = (
+    ("forget_acc_after", "forget", True, 1),
+    ("old_acc_after", "earlier", True, 1),
+    ("retain_acc_after", "retain", False, 1),
+    ("missing_acc_after", "missing", False, 1),
+    ("linear_probe_excess", "probe excess", True, 2),
+    ("prototype_attack", "prototype attack", True, 1),
+    ("mia_auc", "MIA AUC", True, 2),
+    ("relearn_steps", "relearn steps", False, 0),
+)
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest over seeds."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, digits: int) -> str:
+        if round(self.low, digits) == round(self.high, digits):
+            return f"{self.median:.{digits}f}"
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        h: of each request, None where no seed got so far.
+        worst: of each of `COLUMNS`: per seed the worst request, over seeds a spread.
+        seconds: of all requests of a seed; changed: share of the parameters that a seed's requests changed at most.
+        seeds: how many are whole; failed: what went wrong; checks: names of the audit's checks that failed somewhere.
+        verdict: "pass", "fail", "inconclusive" (nothing to compare with), "failed" or "unfinished".
+    """
+
+    method: str
+    control: str
+    h: list[Spread | None]
+    worst: dict[str, Spread | None]
+    seconds: Spread | None
+    changed: float | None
+    seeds: int
+    failed: list[str]
+    checks: list[str]
+    verdict: str
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rows(content: dict[str, Any]) -> list[Row]:
+    """Of a `bench.json`: methods by their median H at the last request, controls and what failed at the end."""
+    cells: dict[str, Cell] = content["cells"]
+    count = len(content["setting"]["requests"])
+    names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in cells))
+    made = [_row(name, cells, count) for name in names]
+    return sorted(made, key=lambda r: (bool(r.control), r.h[-1] is None, -(r.h[-1].median if r.h[-1] else 0.0)))
+
+
+def _row(name: str, cells: dict[str, Cell], count: int) -> Row:
+    mine = {tuple(map(int, k.rsplit("/", 2)[1:])): c for k, c in cells.items() if k.rsplit("/", 2)[0] == name}
+    seeds = sorted({seed for seed, _ in mine})
+    good = {place: c for place, c in mine.items() if "failed" not in c}
+    chains = {seed: [good[seed, n] for n in range(count) if (seed, n) in good] for seed in seeds}
+    whole = [chain for chain in chains.values() if len(chain) == count]
+    failed = [f"seed {seed}, request {n + 1}: {c['failed']}" for (seed, n), c in sorted(mine.items()) if "failed" in c]
+    checks = sorted({check for c in good.values() for check in c["failed_checks"]})
+    verdicts = {c["verdict"] for c in good.values()}
+    verdict = (
+        "failed"
+        if failed
+        else "unfinished"
+        if not whole
+        else next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
+    )
+    worst = {}
+    for key, _, bad, _ in COLUMNS:
+        found = [[c[key] for c in chain if c[key] is not None] for chain in whole]
+        worst[key] = spread([max(f) if bad else min(f) for f in found if f])
+    return Row(
+        name,
+        next((c["control"] for c in good.values()), ""),
+        [spread([good[s, n]["h_mean"] for s in seeds if (s, n) in good]) for n in range(count)],
+        worst,
+        spread([sum(c["seconds"] for c in chain) for chain in whole]),
+        max((c["changed_parameters"] / c["parameters"] for c in good.values()), default=None),
+        len(whole),
+        failed,
+        checks,
+        verdict,
+        next((c["settings"] for c in good.values()), {}),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    return Spread(median(values), min(values), max(values)) if values else None
+
+
+def headings(content: dict[str, Any]) -> list[str]:
+    steps = content["setting"]["requests"]
+    used = [heading for key, heading, _, _ in _used(content)]
+    return ["method", *(f"H {n + 1}" for n in range(len(steps))), *used, "seconds", "changed", "audit"]
+
+
+def cells_of(row: Row, content: dict[str, Any]) -> list[str]:
+    """A row as text, under `headings`."""
+    h = [value.text(1) if value else "-" for value in row.h]
+    figures = [value.text(digits) if (value := row.worst[key]) else "-" for key, _, _, digits in _used(content)]
+    seconds = row.seconds.text(0) if row.seconds else "-"
+    changed = f"{100 * row.changed:.0f} %" if row.changed is not None else "-"
+    name = f"{row.method} ({row.control} control)" if row.control else row.method
+    judged = f"{row.verdict} ({', '.join(row.checks)})" if row.verdict == "fail" else row.verdict
+    return [name, *h, *figures, seconds, changed, judged]
+
+
+def _used(content: dict[str, Any]) -> list[tuple[str, str, bool, int]]:
+    """The columns in which any cell has a figure."""
+    there = [c for c in content["cells"].values() if "failed" not in c]
+    return [column for column in COLUMNS if any(c[column[0]] is not None for c in there)]
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table for people, with what was asked and what it was measured on."""
+    setting, heads = content["setting"], headings(content)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(cells_of(row, content)) + " |" for row in rows(content)]
+    failed = [f"- {row.method}: {text}" for row in rows(content) for text in row.failed]
+    told = (
+        f"Protocol {setting['protocol']}; at most {setting['trials']} settings tried and {setting['epochs']} passes over the "
+        "retained images for each method. Medians over seeds (smallest to largest); the worst request counts, H is of each."
+    )
+    return "\n".join([told, "", *lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
+
+
+def to_csv(content: dict[str, Any]) -> str:
+    """One line per cell, all plain figures."""
+    found = []
+    for key, cell in content["cells"].items():
+        method, seed, request = key.rsplit("/", 2)
+        plain = {k: v for k, v in cell.items() if isinstance(v, (int, float, str)) or v is None}
+        checks = " ".join(cell.get("failed_checks", []))
+        found.append({**plain, "method": method, "seed": seed, "request": int(request) + 1, "failed_checks": checks})
+    heads = list(dict.fromkeys(name for line in found for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
