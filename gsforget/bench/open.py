@@ -59,7 +59,7 @@ def run_bench(
     from gsforget.bench.run import Bench, Options, code_sha256
     from gsforget.data import ImageSet
     from gsforget.export.device.preprocess import Preprocess
-    from gsforget.folder import is_model_folder, read_config
+    from gsforget.folder import read_config
     from gsforget.predict import pick_device
 
     say = progress or (lambda _text: None)
@@ -75,11 +75,14 @@ def run_bench(
             "unknown_method",
         )
     folder = Path(model)
-    if not is_model_folder(folder):
-        raise RequestError(
-            f"{folder} is no model folder.", "Name a folder with model.safetensors and config.json.", "no_model"
-        )
     config = read_config(folder)
+    for path in map(Path, never_seen):
+        if read_config(path).num_classes != config.num_classes:
+            raise RequestError(
+                f"{path} has {read_config(path).num_classes} classes, and the model {config.num_classes}.",
+                "A never-seen model has the same head, trained without images of the classes.",
+                "bad_reference",
+            )
     if config.forgotten:
         raise RequestError(
             f"Classes were forgotten from {folder} already.", "Start from the original model.", "not_the_original"
