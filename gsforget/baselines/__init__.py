@@ -20,6 +20,13 @@ PLACES = {
     "head-mask": ("head_mask", "METHOD"),
     "finetune": ("finetune", "METHOD"),
     "neggrad+": ("neggrad", "METHOD"),
+    "l2": ("l2", "METHOD"),
+    "ewc": ("ewc", "METHOD"),
+    "mas": ("mas", "METHOD"),
+    "lwf": ("lwf", "METHOD"),
+    "der": ("der", "METHOD"),
+    "der++": ("der", "PLUS"),
+    "fdr": ("fdr", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }

@@ -1,5 +1,7 @@
 """Small cases for baselines: the world's images in memory, and a network that is small enough to reckon by hand."""
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +32,40 @@ def tiny(world):
     return SimpleNamespace(
         config=config, train=train, test=read("test"), bees=train.labels == BEE, load=lambda: load_model(world.model)[0]
     )
+
+
+@pytest.fixture
+def one_retained(by_hand):
+    """`by_hand` with class 1 forgotten earlier: rows 0 and 1 are retained, and the wrong label of rows 4 and 5 is 0.
+
+    `check(run, settings class, loss, …)` compares a baseline with two steps of plain gradient descent, the classifier held,
+    on loss(features, logits, features before, logits before, model); before the second step something has moved.
+    """
+
+    def parts(model):
+        features = model[:-1](by_hand.images.pixels)
+        return features, model[-1](features)
+
+    def descend(loss, lr, steps=2):
+        model = copy.deepcopy(by_hand.model)
+        before = [piece.detach() for piece in parts(model)]
+        trained = list(model[1].parameters())
+        for _ in range(steps):
+            gradients = torch.autograd.grad(loss(*parts(model), *before, model), trained)
+            with torch.no_grad():
+                for weight, gradient in zip(trained, gradients):
+                    weight -= lr * gradient
+        return model.state_dict()
+
+    def check(run, settings, loss, lr=0.1, **numbers):
+        plain = {"batch_size": 6, "optimiser": "momentum", "momentum": 0.0, "weight_decay": 0.0, "cosine": False}
+        result = run(by_hand.model, by_hand.images, by_hand.forget, request, settings(lr=lr, **plain, **numbers))
+        for name, value in descend(loss, lr).items():
+            torch.testing.assert_close(result.state_dict[name], value)
+        assert len(result.history) == 2
+
+    request = replace(by_hand.request, erased=(1,), epochs=2)
+    return SimpleNamespace(**{**vars(by_hand), "request": request}, check=check)
 
 
 @pytest.fixture
