@@ -9,7 +9,7 @@ that are given instead choose any classes, in any order.
   identity's images, drawn by its name and seed 1337, are the test split.  CASIA-100 as GS-LoRA's authors offer it, with
   `train/` and `test/`, is read as it is.  InsightFace's packed train.rec is not read.
 - ``imagenet100``: `train/` and `val/` (or `test/`), or Kaggle's `train.X1` … and `val.X` with Labels.json, whose first
-  synonym names a class.
+  synonym names a class.  Of more than 100 classes the first ones.
 - ``cub-200``: the published split of images.txt and train_test_split.txt; classes 1 to 100.
 - ``omnibenchmark``: list files of `path label` lines per realm, in any of the places where the project and its download tool
   put them; test lists where they have labels, else val.  The 100 classes with the most training images.  Listed images that

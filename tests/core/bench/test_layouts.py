@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gsforget.bench.layouts import LAYOUTS, open_layout
+from gsforget.bench.recipes import RECIPES
 from gsforget.errors import RequestError
 
 
@@ -191,6 +192,10 @@ def test_another_layout_is_one_sentence_on_what_was_expected(tmp_path, name):
     assert error.message.startswith(f"{tmp_path} is not {name} as it is usually laid out: it ")
     assert error.hint.startswith("Expected ")
     assert "There is no data folder" in refused(name, tmp_path / "nowhere").message
+
+
+def test_every_recipe_names_a_layout():
+    assert {recipe.layout for recipe in RECIPES} <= {*LAYOUTS}
 
 
 def test_unknown_names_are_refused(tmp_path):
