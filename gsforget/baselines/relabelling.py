@@ -81,7 +81,8 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def for_importances(t: Training) -> Tensor:
     """Rows of the retained images that importances are estimated on: all, or as many as the settings allow."""
-    most = t.settings.images if isinstance(t.settings, Anchored) else len(t.retained)
+    assert isinstance(t.settings, Anchored)
+    most = t.settings.images
     return t.retained if len(t.retained) <= most else t.draw("retain", most)
 
 
