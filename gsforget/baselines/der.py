@@ -55,12 +55,18 @@ def der(model: nn.Module, images: Images, forget: Tensor, request: BaselineReque
     return t.result()
 
 
-TRIALS = ({"lr": 3e-4}, {"lr": 1e-3}, {"match": 48 * 0.05}, {"lr": 1e-3, "match": 48 * 0.05}, {"of": "logits"})
+TRIALS = (
+    {"lr": 3e-4},
+    {"lr": 1e-3},
+    {"lr": 1e-3, "match": 48 * 0.05},
+    {"lr": 1e-3, "match": 0.05},
+    {"lr": 1e-3, "match": 0.05, "of": "logits"},
+)
 METHOD = Method("der", "Buzzega et al., NeurIPS 2020, arXiv 2004.07211", der, DERSettings, TRIALS)
 PLUS = Method(
     "der++",
     "Buzzega et al., NeurIPS 2020, arXiv 2004.07211",
     der,
     DERPlusSettings,
-    (*TRIALS[:4], {"lr": 1e-3, "match": 48 * 0.05, "rehearse": 0.005}, {"lr": 1e-3, "rehearse": 2.0}),
+    (*TRIALS, {"lr": 1e-3, "match": 48 * 0.05, "rehearse": 0.005}, {"lr": 1e-3, "match": 0.05, "rehearse": 2.0}),
 )

@@ -49,5 +49,5 @@ METHOD = Method(
     "Benjamin et al., ICLR 2019, arXiv 1805.08289",
     fdr,
     FDRSettings,
-    ({"match": 4.0}, {"match": 1.0}, {"match": 0.3}, {"lr": 3e-4, "match": 1.0}, {"lr": 3e-4}),
+    ({"lr": 3e-4}, {"match": 4.0}, {"match": 1.0}, {"match": 0.3}, {"match": 0.1}, {"lr": 3e-4, "match": 0.3}),
 )

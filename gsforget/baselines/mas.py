@@ -46,5 +46,5 @@ METHOD = Method(
     "Aljundi et al., ECCV 2018, arXiv 1711.09601",
     mas,
     MASSettings,
-    ({"strength": 0.05}, {"strength": 5.0}, {"lr": 3e-4}, {"lr": 1e-3}, {"lr": 1e-3, "strength": 0.5}),
+    ({"strength": 0.05}, {"lr": 1e-3, "strength": 5.0}, {"lr": 3e-4}, {"lr": 1e-3}, {"lr": 1e-3, "strength": 0.5}),
 )
