@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gsforget.folder import ModelConfig
     from gsforget.views import Images
 
+ROOM, BASE = "gsforget.baselines.", "gsforget.baselines.base"
 BENCH = "bench.json"
 MODELS = "models"
 Say = Callable[[str], None]
@@ -304,9 +306,15 @@ class Bench:
 
 
 def code_sha256(method: Method) -> str:
-    """Of the file that defines a method, so that a changed one is known."""
+    """Of the file that defines a method and of those of `gsforget.baselines` that it takes things from."""
     run = inspect.unwrap(method.run)  # type: ignore[arg-type]
-    return hashlib.sha256(Path(inspect.getfile(run)).read_bytes()).hexdigest()
+    module = inspect.getmodule(run)
+    used = {getattr(value, "__module__", None) for value in vars(module).values()} if module else set()
+    names = sorted(
+        name for name in used if name and name.startswith(ROOM) and name not in (BASE, getattr(module, "__name__", ""))
+    )
+    files = [Path(inspect.getfile(run)), *(Path(str(sys.modules[name].__file__)) for name in names)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _relearn_steps(leak: Leak, goal: float | None) -> int | None:

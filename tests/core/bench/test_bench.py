@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gsforget import RequestError, run_bench
-from gsforget.bench.run import Bench
+from gsforget.bench.run import Bench, code_sha256
 
 METHODS = """
 import torch
@@ -169,3 +169,16 @@ def test_our_own_method_forgets_in_the_bench(bench, tmp_path):
     assert cell["forget_acc_after"] <= 5
     assert cell["changed_parameters"] < cell["parameters"] / 2
     assert found["rows"][0]["seeds"] == 1
+
+
+def test_code_that_methods_share_counts_as_theirs(tmp_path, monkeypatch):
+    import sys
+
+    from gsforget.baselines import find_method
+
+    tuned, mask = find_method("finetune"), find_method("head-mask")
+    before = [code_sha256(tuned), code_sha256(mask)]
+    shared = tmp_path / "training.py"
+    shared.write_text("# changed")
+    monkeypatch.setattr(sys.modules["gsforget.baselines.training"], "__file__", str(shared))
+    assert [a == b for a, b in zip(before, [code_sha256(tuned), code_sha256(mask)])] == [False, True]
