@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
 
 from gsforget.baselines.base import BaselineRequest, Result, plain_state
 from gsforget.errors import GsforgetError, RequestError
@@ -108,6 +109,11 @@ class Training:
         """Images, float32 [B, C, H, W]."""
         return self.images.batch(rows).to(self.device)
 
+    @torch.no_grad()
+    def taught(self, rows: Tensor, teacher: nn.Module | None = None) -> Tensor:
+        """Logits [B, K] of the model before the request, or of another one, without gradients."""
+        return self.logits(rows, teacher or self.original)
+
     def logits(self, rows: Tensor, model: nn.Module | None = None) -> Tensor:
         """Logits [B, K] of the model in training, or of another one."""
         return as_logits((model or self.model)(self.pixels(rows))).float()
@@ -171,6 +177,12 @@ class Training:
 
     def result(self) -> Result:
         return Result(plain_state(self.model), time.perf_counter() - self.start, history=self._history)
+
+
+def distillation(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(target / T) || softmax(logits / T)) in nats, a mean over images; logits and target [B, K]."""
+    ours, theirs = log_softmax(logits / temperature, 1), log_softmax(target / temperature, 1)
+    return temperature**2 * kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def draw_anew(model: nn.Module, seed: int) -> None:

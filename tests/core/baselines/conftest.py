@@ -84,3 +84,20 @@ def by_hand():
         model[2].bias.zero_()
     request = BaselineRequest((2,), 3, epochs=1)
     return SimpleNamespace(images=Given(pixels, labels), forget=labels == 2, request=request, model=model)
+
+
+@pytest.fixture
+def stepped(by_hand):
+    """The case's weights after plain gradient descent along some losses, each a function of a model."""
+
+    def descend(*losses, lr=0.1, model=None):
+        model = copy.deepcopy(model or by_hand.model)
+        weights = list(model.parameters())
+        for loss in losses:
+            gradients = torch.autograd.grad(loss(model), weights)
+            with torch.no_grad():
+                for w, g in zip(weights, gradients):
+                    w -= lr * g
+        return model.state_dict()
+
+    return descend
