@@ -28,6 +28,7 @@ PLACES = {
     "der": ("der", "METHOD"),
     "der++": ("der", "PLUS"),
     "fdr": ("fdr", "METHOD"),
+    "random-label": ("random_label", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
