@@ -29,6 +29,7 @@ PLACES = {
     "der++": ("der", "PLUS"),
     "fdr": ("fdr", "METHOD"),
     "random-label": ("random_label", "METHOD"),
+    "salun": ("salun", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
