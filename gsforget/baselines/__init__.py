@@ -30,6 +30,7 @@ PLACES = {
     "fdr": ("fdr", "METHOD"),
     "random-label": ("random_label", "METHOD"),
     "salun": ("salun", "METHOD"),
+    "ssd": ("ssd", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
