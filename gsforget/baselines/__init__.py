@@ -31,6 +31,8 @@ PLACES = {
     "random-label": ("random_label", "METHOD"),
     "salun": ("salun", "METHOD"),
     "ssd": ("ssd", "METHOD"),
+    "scrub": ("scrub", "METHOD"),
+    "scrub-s": ("scrub", "SMOOTHED"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
