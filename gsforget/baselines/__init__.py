@@ -33,6 +33,7 @@ PLACES = {
     "ssd": ("ssd", "METHOD"),
     "scrub": ("scrub", "METHOD"),
     "scrub-s": ("scrub", "SMOOTHED"),
+    "bad-teacher": ("bad_teacher", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
