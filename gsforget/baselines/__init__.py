@@ -34,6 +34,7 @@ PLACES = {
     "scrub": ("scrub", "METHOD"),
     "scrub-s": ("scrub", "SMOOTHED"),
     "bad-teacher": ("bad_teacher", "METHOD"),
+    "retrain": ("retrain", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
