@@ -35,6 +35,7 @@ PLACES = {
     "scrub-s": ("scrub", "SMOOTHED"),
     "bad-teacher": ("bad_teacher", "METHOD"),
     "retrain": ("retrain", "METHOD"),
+    "lirf": ("lirf", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
