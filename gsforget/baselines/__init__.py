@@ -36,6 +36,7 @@ PLACES = {
     "bad-teacher": ("bad_teacher", "METHOD"),
     "retrain": ("retrain", "METHOD"),
     "lirf": ("lirf", "METHOD"),
+    "fg-oriu": ("fg_oriu", "METHOD"),
     "published-gs-lora": ("published", "WITHOUT_PROTOTYPES"),
     "published-gs-lora++": ("published", "METHOD"),
 }
