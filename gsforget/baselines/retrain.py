@@ -55,6 +55,5 @@ METHOD = Method(
     "positive control; as in Zhao et al., CVPR 2024, arXiv 2403.11530",
     retrain,
     RetrainSettings,
-    ({"lr": 3e-4}, {"lr": 2e-3}, {"views": 0.25}),
     control="positive",
 )

@@ -87,5 +87,5 @@ def test_distillation_is_zero_at_the_target_and_a_mean_over_images():
 
 def test_both_variants_are_there_with_their_numbers():
     plain, smoothed = find_method("scrub").settings(), find_method("scrub-s").settings()
-    assert (plain.lr, plain.alpha, plain.gamma, plain.temperature, plain.smoothing) == (5e-4, 0.5, 1.0, 4.0, 0.0)
+    assert (plain.lr, plain.alpha, plain.gamma, plain.temperature, plain.smoothing) == (5e-4, 0.001, 0.99, 4.0, 0.0)
     assert (smoothed.lr, smoothed.alpha, smoothed.gamma, smoothed.smoothing) == (1e-4, 0.001, 10.0, 0.05)
