@@ -43,7 +43,7 @@ def saliency_mask(t: Training, share: float) -> list[Tensor]:
     sums = [torch.zeros_like(p) for p in weights]
     for rows in t.forgotten.split(EVAL_BATCH):
         loss = cross_entropy(t.logits(rows), t.labels[rows], reduction="sum")
-        torch._foreach_add_(sums, torch.autograd.grad(loss, weights))
+        torch._foreach_add_(sums, torch.autograd.grad(loss, weights, materialize_grads=True))
     saliency = torch.cat([s.abs().flatten() for s in sums])
     mask = torch.zeros_like(saliency, dtype=torch.bool)
     mask[saliency.topk(int(share * len(saliency))).indices] = True

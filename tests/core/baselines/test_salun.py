@@ -26,6 +26,13 @@ def test_the_mask_is_the_half_with_the_largest_gradients(by_hand):
     assert torch.cat([m.flatten() for m in saliency_mask(t, 1.0)]).all()
 
 
+def test_a_weight_that_takes_no_part_in_the_logits_is_never_chosen(by_hand):
+    by_hand.model[1].register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    t = Training(by_hand.model, by_hand.images, by_hand.forget, by_hand.request, SalUnSettings())
+    masks = dict(zip([n for n, _ in t.model.named_parameters()], saliency_mask(t, 0.5)))
+    assert not masks["1.unused"].any()
+
+
 def test_gradients_are_summed_before_their_size_is_taken(by_hand):
     """Two forgotten images with opposite gradients matter to no weight, whatever the gradient of either."""
     by_hand.images.pixels[5] = -by_hand.images.pixels[4]
