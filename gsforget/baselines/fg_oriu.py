@@ -164,10 +164,10 @@ METHOD = Method(
     FGOrIUSettings,
     (
         {"push": 0.1, "keep": 0.01, "replay": 1.0, "last_only": False},
-        {"push": 0.2},
-        {"push": 1.0},
-        {"push": 1.0, "replay": 1.0},
-        {"lr": 3e-3},
-        {"lr": 3e-2},
+        {"replay": 1.0},
+        {"replay": 1.0, "push": 0.1},
+        {"replay": 1.0, "push": 0.2, "lr": 5e-3},
+        {"replay": 1.0, "push": 0.5, "lr": 3e-3},
+        {"replay": 3.0, "push": 0.2},
     ),
 )
