@@ -10,6 +10,7 @@ The release draws nothing anew where it retrains on ImageNet100: it loads weight
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RetrainSettings(Optimisation):
-    """smoothing: of the labels; views: how far images are moved, 0 for not at all, 1 as in `gsforget.views`."""
+    """
+    Attributes:
+        steps: at least as many, in more passes where there are few images.
+        smoothing: of the labels.
+        views: how far images are moved, 0 for not at all, 1 as in `gsforget.views`.
+    """
 
     lr: float = 1e-3
     epochs: int = 60
     batch_size: int = 100
+    steps: int = 3000
     smoothing: float = 0.1
     views: float = 0.5
 
@@ -41,6 +48,8 @@ def retrain(
     model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest, settings: RetrainSettings
 ) -> Result:
     t = Training(model, images, forget, replace(request, epochs=settings.epochs), settings, fresh=True)
+    t.epochs = max(t.epochs, math.ceil(settings.steps / t.per_epoch))
+    t.total = t.epochs * t.per_epoch
     for retained, _ in t.passes():
         pixels = t.pixels(retained)
         if settings.views:

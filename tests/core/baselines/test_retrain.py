@@ -10,7 +10,7 @@ from gsforget.baselines import find_method
 from gsforget.baselines.retrain import RetrainSettings, retrain
 from gsforget.views import Given
 
-SHORT = RetrainSettings(lr=0.05, epochs=40, batch_size=4, views=0.0, smoothing=0.0)
+SHORT = RetrainSettings(lr=0.05, epochs=40, batch_size=4, steps=0, views=0.0, smoothing=0.0)
 
 
 def test_the_result_does_not_depend_on_the_weights_that_it_was_given(by_hand):
@@ -33,6 +33,12 @@ def test_it_learns_the_retained_classes_from_nothing_in_its_own_number_of_passes
         answers = model(by_hand.images.pixels).argmax(1)
     assert answers[:4].tolist() == [0, 0, 1, 1]
     assert not (answers[4:] == 2).any()
+
+
+def test_few_images_are_passed_over_more_often(by_hand):
+    """Four retained images in batches of two are two steps per pass."""
+    settings = replace(SHORT, epochs=1, batch_size=2, steps=7)
+    assert len(retrain(by_hand.model, by_hand.images, by_hand.forget, by_hand.request, settings).history) == 4
 
 
 def test_forgotten_and_erased_images_are_never_looked_at(by_hand):
