@@ -219,7 +219,7 @@ def measure_prox(setting: Setting, name: str) -> dict:
     lengths = group_lengths(setting, name)
     flat, grad, weights, active = buffers(setting, lengths)
     lr, strength = 1e-3, 1e-3
-    lr_there, strength_there = (torch.tensor(v, device=setting.device) for v in (lr, strength))
+    lr_there, strength_there = (torch.tensor(v, dtype=torch.float64, device=setting.device) for v in (lr, strength))
     ways: dict[str, Callable[[], object]] = {}
     for label, metric in (("ours", "adam"), ("ours_euclidean", "euclidean")):
         optimiser = proximal_adam(lengths, weights, metric)

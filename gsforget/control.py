@@ -20,6 +20,7 @@ from gsforget import processes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gsforget.kernels.group_prox import ProxStep
     from gsforget.lora.groups import LoRAGroups
 
 START = 0.2  # share of the median force on a block's product that the first penalty balances
@@ -74,47 +75,53 @@ def product_forces(groups: LoRAGroups, loss: Callable[[], Tensor]) -> Tensor:
     return squares.sqrt() / groups.weights
 
 
-@dataclass
 class StrengthControl:
-    """Steers the penalty strength; `zero_for` int64 [G] counts the steps in a row at which each group was zero."""
+    """Steers the penalty strength, all on the device: nothing here waits for it.
 
-    strength: float
-    target: int
-    zero_for: Tensor
-    fixed: bool = False
+    Attributes:
+        strength: float64 [], in place of which the next one is written.
+        zero_for: int64 [G], counts the steps in a row at which each group was zero.
+    """
 
-    def __post_init__(self) -> None:
-        self._over = GONE * self.strength
+    def __init__(self, strength: float, target: int, zero_for: Tensor, fixed: bool = False):
+        self.strength = torch.tensor(strength, dtype=torch.float64, device=zero_for.device)
+        self.target, self.zero_for, self.fixed = target, zero_for, fixed
+        self._over = GONE * strength
 
-    def after_step(self, norms: Tensor, critical: Tensor, active: Tensor) -> list[int]:
-        """Adjust the strength and name the groups that are dead now.
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.strength, self.zero_for]
+
+    def after_step(self, step: ProxStep, active: Tensor) -> Tensor:
+        """Adjust the strength and say which groups are dead now, bool [G].
 
         Args:
-            norms: float64 [G], after the step; exactly zero for a group that the prox removed.
-            critical: float64 [G], the strength at which each group would have been removed in this step.
+            step: norms are exactly zero for a group that the prox removed.
             active: bool [G].
         """
-        zero = (norms == 0) & active
-        left = critical - self.strength  # what this step's penalty left of it: ||D x|| = ||D z|| - s
-        self.zero_for = torch.where(zero, self.zero_for + 1, torch.zeros_like(self.zero_for))
+        zero = (step.norms == 0) & active
+        left = step.critical - self.strength  # what this step's penalty left of it: ||D x|| = ||D z|| - s
+        self.zero_for.add_(1).mul_(zero)
         if not self.fixed:
-            alive = int((active & ~zero).sum())
             # Once enough groups are zero, no more than holds them there: the others would follow them by momentum.
-            holds = HOLD * torch.where(zero, critical, torch.zeros_like(critical)).max().item()
-            if alive > self.target:
-                self.strength *= GROWTH
-            else:
-                self.strength = min(DECAY * self.strength, holds or torch.inf)
+            holds = HOLD * step.critical.masked_fill(~zero, 0).max()
+            fallen = _lower(DECAY * self.strength, holds.masked_fill(holds == 0, torch.inf))
+            self.strength.copy_(torch.where(step.alive > self.target, self.strength * GROWTH, fallen))
             self.bound(left)
-            if alive <= self.target and self.strength < self._over:
-                self.strength = 0.0
-        return torch.nonzero(self.zero_for >= PATIENCE).flatten().tolist()
+            self.strength.masked_fill_((step.alive <= self.target) & (self.strength < self._over), 0)
+        return self.zero_for >= PATIENCE
 
     def bound(self, left: Tensor) -> None:
         """Never so strong that fewer groups than asked for would survive the next step: a group at zero stays there."""
-        keep = torch.topk(left, min(self.target, len(left))).values[-1].item()
-        if not self.fixed and keep > 0:
-            self.strength = min(self.strength, 0.9 * keep)
+        if not self.fixed:
+            keep = torch.topk(left, min(self.target, len(left))).values[-1]
+            self.strength.copy_(torch.where(keep > 0, _lower(self.strength, 0.9 * keep), self.strength))
+
+
+def _lower(a: Tensor, b: Tensor) -> Tensor:
+    """The lower of two scalars, and a where one is no number."""
+    return torch.where(b < a, b, a)
 
 
 @dataclass(frozen=True)

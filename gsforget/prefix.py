@@ -160,6 +160,10 @@ class PrefixReuse:
         """Context in which the model answers for the kept images `indices` (int64 [B]), whatever it is fed."""
         return _Answering(self, indices)
 
+    def blanks(self, images: int) -> list[Tensor]:
+        """What frozen modules answer with that need not be kept; whoever captures an answer has to hold on to it."""
+        return [f.blank(images) for f in self.frozen if f.name not in self.store]
+
     def blank_input(self, like: Tensor, images: int) -> Tensor:
         """An input of the right shape for a model whose first modules answer by themselves: [images, C, H, W]."""
         return like.new_zeros((1, *like.shape[1:])).expand(images, *like.shape[1:])

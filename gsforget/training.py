@@ -7,6 +7,7 @@ the first of them, in stages, until validation says that the classes are gone an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, find_classifier
 from gsforget.gates import paired_drop
+from gsforget.graphs import Graphs
 from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.forms import find_forms
@@ -39,6 +41,7 @@ from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
+from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
 
 EVAL_BATCH = 256
@@ -61,6 +64,7 @@ class Settings:
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
         cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
+        cuda_graphs: replay a small batch's step on a GPU instead of launching it, where that can be done, see `graphs`.
     """
 
     rank: int = 16
@@ -76,6 +80,7 @@ class Settings:
     reuse_prefix: bool = True
     retire_groups: bool = True
     cache_bytes: float | None = None
+    cuda_graphs: bool = True
 
 
 @dataclass
@@ -140,6 +145,10 @@ class Loop:
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
         self.step, self.stages = 0, StageControl(0, 0, False)
+        self.alive = list(range(len(self.groups)))  # as the host last read it
+        self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.log = StepLog(len(self.groups), self.device)
+        self.graphs = Graphs.on(self.device, settings.cuda_graphs, self.adam.on_device)
         self.trained = Trained(self.groups, {})
 
     def run(self) -> Trained:
@@ -166,7 +175,7 @@ class Loop:
             "target_groups": target,
             "product_forces": forces.tolist(),
             "prox_first": first,
-            "prox_last": self.control.strength,
+            "prox_last": self.control.strength.item(),
             "batch_retain": self.batch_retain,
             "batch_forget": self.batch_forget,
             "steps_select": selected,
@@ -182,8 +191,9 @@ class Loop:
     def _select(self) -> None:
         target = self.control.target
         while len(self._alive()) > target and self.step < control.SELECT_LIMIT:
-            losses = self._train_step(self.lr)
-            self._report("select", losses, None)
+            self._train_step(self.lr)
+            self._report("select", None)
+        self._catch_up()
 
     def _settle_until_satisfied(self) -> int:
         """Stages as validation wants them; by a fixed number where there is none.  Returns how many there were."""
@@ -214,8 +224,9 @@ class Loop:
 
     def _settle(self, length: int) -> None:
         for k in range(length):
-            losses = self._train_step(self.lr * (1 - k / length), self.objective.duel)
-            self._report("settle", losses, k / length)
+            self._train_step(self.lr * (1 - k / length), self.objective.duel)
+            self._report("settle", k / length)
+        self._catch_up()
 
     def _go_back(self, factors: Tensor) -> None:
         assert self.stages.good is not None
@@ -224,29 +235,77 @@ class Loop:
         self.stages.depth = self.stages.good_depth
         self.trained.watches.append(self.stages.good)
 
-    def _train_step(self, lr: float, duel: Duel | None = None) -> Losses:
-        warm = self.step < control.WARMUP
+    def _train_step(self, lr: float, duel: Duel | None = None) -> None:
+        """One step; on a GPU the host queues it and goes on."""
         rows = self._draw_batch()
-        losses = self._losses(rows)
+        try:
+            losses = self.objective.losses(self._see_to_train(rows), self._there(rows), self.stages.depth)
+        except RuntimeError:  # of a solver, say, that was given no numbers: then the loss says so first
+            self._read()
+            raise
+        if self.log.every == 1:
+            self._check_finite(losses.total.item(), self.step)
         self.groups.grad.zero_()
         losses.total.backward()
         if duel is not None and self.step % rehearsal.EVERY == 0:
             self._rehearse(duel, rows[self.forget[rows]])
         processes.sum_([self.groups.grad])
+        self.rate.fill_(lr)
+        warm = self.step < control.WARMUP
+        state = [self.groups.flat, self.groups.active, self.log.latest, *self.adam.state, *self.control.state]
+        self.graphs.work(warm, lambda: self._advance(warm), state)
         self.step += 1
+        self.log.add(losses)
+        if self.log.full or self.step % GLANCE_EVERY == 0:
+            self._read()
+
+    def _advance(self, warm: bool) -> None:
+        """The proximal step, and what follows from it for the strength and for which groups are active."""
         g = self.groups
-        result = self.adam.step(g.flat, g.grad, g.active, lr, 0.0 if warm else self.control.strength)
-        processes.broadcast_(result.norms, result.critical)
-        self.trained.norms.append(result.norms.tolist())
+        result = self.adam.step(g.flat, g.grad, g.active, self.rate, 0.0 if warm else self.control.strength)
+        processes.broadcast_(result.norms, result.critical, result.alive)
         if warm:
             self.control.bound(result.critical)
         else:
-            self._remove(self.control.after_step(result.norms, result.critical, self.groups.active))
-        return losses
+            g.active.logical_and_(~self.control.after_step(result, g.active))
+        torch.cat([result.norms, g.active.double()], out=self.log.latest)
+
+    def _read(self) -> None:
+        """Let the host know the steps that it has not seen: dead groups leave training, and an error is said."""
+        alive = self.alive
+        for step in self.log.read(self.step):
+            self._check_finite(step.total, step.number - 1)
+            self.trained.norms.append(step.norms)
+            alive = step.active
+        self._remove([g for g in self.alive if g not in alive])
+
+    def _see_to_train(self, rows: Tensor) -> Seen:
+        """As `_see`, by a CUDA graph where there is one."""
+        if self.graphs.off is not None:
+            return self._see(rows)
+        reuse, there = self.reuse, self._there(rows)
+        given = there if reuse is not None else self._images(rows)
+        leaves = [factor for pair in self.groups.pairs if pair.group in self.alive for factor in (pair.a, pair.b)]
+        tensors = self.graphs.network(
+            (tuple(self.alive), reuse is not None),
+            self._tensors,
+            given,
+            leaves,
+            lambda: reuse.blanks(len(rows)) if reuse is not None else None,
+        )
+        return Seen(tensors[0], tensors[1] if self.classifier is not None else torch.empty(0))
+
+    def _tensors(self, given: Tensor) -> list[Tensor]:
+        """What `_see` holds, of images or, where outputs are reused, of rows."""
+        run = self._outputs if self.reuse is not None else lambda images: as_logits(self.model(images))
+        if self.classifier is None:
+            return [run(given)]
+        with FeatureTap(self.model, self.classifier) as tap:
+            return [run(given), tap.features]
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
-        here = rows.to(self.device)
+        here = self._there(rows)
         self.rehearsal.run(lambda: duel.attack(self._see(rows), here), lambda: duel.defence(self._see(rows), here))
 
     def _remove(self, dead: list[int]) -> None:
@@ -255,8 +314,7 @@ class Loop:
             return
         if self.settings.retire_groups:
             self.groups.retire(dead)
-        else:
-            self.groups.active[dead] = False
+        self.alive = [g for g in self.alive if g not in dead]
         if not self._alive():
             raise RequestError(
                 f"The group penalty removed every group by step {self.step}: nothing is left to train.",
@@ -265,7 +323,7 @@ class Loop:
             )
 
     def _alive(self) -> list[int]:
-        return self.groups.active_indices()
+        return list(self.alive)
 
     def _width(self) -> int:
         """How many features the widest feed-forward network reads."""
@@ -290,7 +348,13 @@ class Loop:
             self.reuse.fill(count, self._images, EVAL_BATCH)
 
     def _images(self, rows: Tensor) -> Tensor:
-        return self.images.batch(rows).to(self.device)
+        return self._there(self.images.batch(rows))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for what the device has to do before."""
+        if self.device.type != "cuda" or tensor.is_cuda:
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _see(self, rows: Tensor) -> Seen:
         """What the model makes of images; of several processes each computes a share, and all get the whole."""
@@ -332,13 +396,16 @@ class Loop:
 
     def _losses(self, rows: Tensor) -> Losses:
         losses = self.objective.losses(self._see(rows), rows.to(self.device), self.stages.depth)
-        if not torch.isfinite(losses.total):
+        self._check_finite(losses.total.item(), self.step)
+        return losses
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
             raise GsforgetError(
-                f"Training diverged at step {self.step} (the loss is {losses.total.item()}).",
+                f"Training diverged at step {step} (the loss is {loss}).",
                 f"Lower the step size: --lr {self.lr / 5:g}.",
                 "diverged",
             )
-        return losses
 
     def _watch(self) -> Watch:
         """Validation accuracies that decide, on all validation images."""
@@ -388,20 +455,22 @@ class Loop:
             self.queues["forget"] = rows[torch.randperm(len(rows), generator=self.rng)]  # they come first
             self.batch_forget = max(self.batch_forget, min(len(rows), self.batch_retain // 4))
 
-    def _report(self, stage: str, losses: Losses, fraction: float | None) -> None:
-        if self.step % GLANCE_EVERY == 0 and len(self.glance):
+    def _report(self, stage: str, fraction: float | None) -> None:
+        """Note where the last step belongs, and tell of all steps that the host knows."""
+        self.log.place(stage, fraction)
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self.log.unread and self.step % GLANCE_EVERY == 0 and len(self.glance):
             self._validate(self.glance)
-        self.progress(
-            {
-                "stage": stage,
-                "step": self.step,
-                "retain_loss": losses.retain.item(),
-                "forget_loss": losses.forget.item(),
-                "active": len(self._alive()),
-                "target": self.control.target,
-                "fraction": fraction,
-            }
-        )
+        for event in self.log.events(self.control.target):
+            self.progress(event)
+
+    def _catch_up(self) -> None:
+        """At the end of a stage the host knows and tells everything."""
+        if self.log.unread:
+            self._read()
+            self._tell()
 
 
 def _drop_bounds(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:

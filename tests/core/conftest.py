@@ -189,3 +189,46 @@ def zoo() -> Zoo:
 @pytest.fixture(params=tuple(FAMILIES))
 def family(request) -> str:
     return request.param
+
+
+class Double:
+    """Captures work by remembering what to call again.
+
+    Args:
+        fails: the kind of work that cannot be captured; wrong: added to what a replay gives.
+    """
+
+    def __init__(self, fails: str = "", wrong: float = 0.0):
+        self.fails, self.wrong, self.captured, self.replayed = fails, wrong, [], []
+
+    def _capture(self, kind, run):
+        for _ in range(3):
+            run()
+        if kind == self.fails:
+            raise RuntimeError(f"operation not permitted when stream is capturing\n{kind}")
+        self.captured.append(kind)
+
+    def network(self, read, given, leaves):
+        self._capture("network", lambda: read(given))
+
+        def replay(x):
+            self.replayed.append("network")
+            given.copy_(x)
+            return [t + self.wrong for t in read(given)]
+
+        return replay
+
+    def work(self, run):
+        self._capture("work", run)
+
+        def replay():
+            self.replayed.append("work")
+            run()
+
+        return replay
+
+
+@pytest.fixture(scope="session")
+def capture_double():
+    """Class whose objects stand for CUDA graphs; see `gsforget.graphs.Capture`."""
+    return Double

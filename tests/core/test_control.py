@@ -16,6 +16,13 @@ from gsforget.control import (
     settle_steps,
     stage_limit,
 )
+from gsforget.kernels.group_prox import ProxStep
+
+
+def step(norms, critical) -> ProxStep:
+    """A step that leaves these norms of groups that are all active."""
+    there = torch.as_tensor(norms, dtype=torch.float64)
+    return ProxStep(there, torch.as_tensor(critical, dtype=torch.float64), (there != 0).sum())
 
 
 def steer(strength=1.0, target=1, groups=3, **options) -> StrengthControl:
@@ -25,15 +32,15 @@ def steer(strength=1.0, target=1, groups=3, **options) -> StrengthControl:
 def test_strength_grows_and_falls():
     steering, alive = steer(), torch.ones(3, dtype=torch.bool)
     far = torch.full((3,), 1e9, dtype=torch.float64)
-    steering.after_step(torch.ones(3), far, alive)
-    assert steering.strength == pytest.approx(control.GROWTH)
-    steering.after_step(torch.tensor([0.0, 0, 1]), far, alive)
-    assert steering.strength == pytest.approx(control.GROWTH * control.DECAY)
+    steering.after_step(step([1, 1, 1], far), alive)
+    assert steering.strength.item() == pytest.approx(control.GROWTH)
+    steering.after_step(step([0, 0, 1], far), alive)
+    assert steering.strength.item() == pytest.approx(control.GROWTH * control.DECAY)
     held = steer()
-    held.after_step(torch.tensor([0.0, 0, 1]), torch.tensor([0.2, 0.1, 9.0]), alive)
-    assert held.strength == pytest.approx(control.HOLD * 0.2)  # no more than holds the zero groups
+    held.after_step(step([0, 0, 1], [0.2, 0.1, 9.0]), alive)
+    assert held.strength.item() == pytest.approx(control.HOLD * 0.2)  # no more than holds the zero groups
     fixed = steer(fixed=True)
-    fixed.after_step(torch.ones(3), far * 0 + 1e-9, alive)
+    fixed.after_step(step([1, 1, 1], far * 0 + 1e-9), alive)
     fixed.bound(far * 0 + 1e-9)
     assert fixed.strength == 1
 
@@ -48,13 +55,56 @@ def test_strength_never_removes_the_groups_asked_for(critical, target):
 
 def test_a_group_is_dead_after_its_patience():
     steering, alive = steer(), torch.tensor([True, True, False])
-    norms, far = torch.tensor([0.0, 1, 0]), torch.full((3,), 1e9, dtype=torch.float64)
+    far = torch.full((3,), 1e9, dtype=torch.float64)
+    first, none = step([0, 1, 0], far), step([1, 1, 0], far)
     for _ in range(control.PATIENCE - 1):
-        assert steering.after_step(norms, far, alive) == []
-    steering.after_step(torch.ones(3), far, alive)  # it lives again: the count starts anew
+        assert not steering.after_step(first, alive).any()
+    steering.after_step(none, alive)  # it lives again: the count starts anew
     for _ in range(control.PATIENCE - 1):
-        assert steering.after_step(norms, far, alive) == []
-    assert steering.after_step(norms, far, alive) == [0]
+        assert not steering.after_step(first, alive).any()
+    assert steering.after_step(first, alive).tolist() == [True, False, False]
+
+
+class OnTheHost:
+    """The control as it reads with numbers, step by step."""
+
+    def __init__(self, strength, target, groups):
+        self.strength, self.target, self.over, self.zero_for = strength, target, control.GONE * strength, [0] * groups
+
+    def after_step(self, norms, critical, active):
+        zero = [a and n == 0 for n, a in zip(norms, active)]
+        left = [c - self.strength for c in critical]
+        self.zero_for = [k + 1 if z else 0 for k, z in zip(self.zero_for, zero)]
+        alive = sum(a and not z for a, z in zip(active, zero))
+        holds = control.HOLD * max(c if z else 0.0 for c, z in zip(critical, zero))
+        if alive > self.target:
+            self.strength *= control.GROWTH
+        else:
+            self.strength = min(control.DECAY * self.strength, holds or float("inf"))
+        keep = sorted(left)[-min(self.target, len(left))]
+        if keep > 0:
+            self.strength = min(self.strength, 0.9 * keep)
+        if alive <= self.target and self.strength < self.over:
+            self.strength = 0.0
+        return [k >= control.PATIENCE for k in self.zero_for]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_the_device_steers_as_numbers_on_the_host_would_bit_for_bit(seed, groups, target):
+    rng = torch.Generator().manual_seed(seed)
+    here, there = OnTheHost(0.3, target, groups), steer(0.3, target, groups)
+    places = [t.data_ptr() for t in there.state]
+    zero = torch.rand(groups, generator=rng) < 0.5
+    for k in range(30):
+        zero ^= torch.rand(groups, generator=rng) < 0.04
+        active = torch.rand(groups, generator=rng) < 0.9
+        critical = 10 ** torch.randn(groups, generator=rng, dtype=torch.float64) * 0.97**k * active
+        norms = torch.rand(groups, generator=rng, dtype=torch.float64) * (~zero & active)
+        told = there.after_step(ProxStep(norms, critical, (norms != 0).sum()), active)
+        assert told.tolist() == here.after_step(norms.tolist(), critical.tolist(), active.tolist())
+        assert there.strength.item() == here.strength
+    assert [t.data_ptr() for t in there.state] == places  # a captured graph goes on writing there
 
 
 def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0, leak=None) -> Watch:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsforget import control
 from gsforget.control import default_target, product_forces
 from gsforget.errors import GsforgetError, RequestError
+from gsforget.graphs import Graphs
+from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
+from gsforget.steps import READ_EVERY, StepLog
 from gsforget.tasks.classify import Classification, default_bound
 from gsforget.training import Loop, Settings
 
@@ -83,10 +87,12 @@ def accuracy(model, images) -> list[float]:
     return [100 * right[images.labels == k].float().mean().item() for k in range(CLASSES)]
 
 
-def loop(model, count=160, validation=True, forget=(BEE,), images=None, progress=None, **options) -> Loop:
+def loop(
+    model, count=160, validation=True, forget=(BEE,), images=None, progress=None, method="gs-lora++", **options
+) -> Loop:
     images = images or Pixels.draw(count, 1)
     rows, cut = torch.arange(count), count * 4 // 5 if validation else count
-    task = Classification(CLASSES, forget, (), default_bound(CLASSES))
+    task = Classification(CLASSES, forget, (), default_bound(CLASSES), method)
     chosen = Settings(**{"rank": 4, "batch_size": 32, **options})
     gone = torch.isin(images.labels, torch.tensor(forget))
     material = as_they_are(images, rows[:cut], rows[cut:], gone)
@@ -198,6 +204,84 @@ def test_the_same_seed_gives_the_same_factors(done, three_blocks):
     assert again.chosen == run.trained.chosen
     other = loop(three_blocks, seed=1).run()
     assert not torch.equal(other.groups.flat, run.groups.flat)
+
+
+def read_every(run: Loop, steps: int) -> Loop:
+    """As on a GPU."""
+    run.log = StepLog(len(run.groups), run.device, steps)
+    return run
+
+
+def test_reading_every_few_steps_changes_no_step(done, three_blocks):
+    """Selection ends at most that much later; the steps before are the same, and each is told, in order."""
+    run, _, events = done
+    told = []
+    late = read_every(loop(three_blocks, progress=told.append), READ_EVERY)
+    late.run()
+    selected = run.trained.chosen["steps_select"]
+    assert 0 <= late.trained.chosen["steps_select"] - selected < READ_EVERY
+    assert late.groups.active_indices() == run.groups.active_indices()
+    assert late.trained.norms[:selected] == run.trained.norms[:selected]
+    first, second = ([e for e in found if e["stage"] != "validate"] for found in (events, told))
+    assert second[:selected] == first[:selected]
+    assert [e["step"] for e in second] == list(range(1, late.step + 1))
+    assert len(late.trained.norms) == late.step
+    assert accuracy(late.model, Pixels.draw(80, 7))[BEE] <= 1
+
+
+def test_a_loss_that_is_no_number_is_said_with_its_step_however_late_it_is_read(three_blocks):
+    told = []
+    for steps in (1, READ_EVERY):
+        run = read_every(loop(three_blocks, lr=1e25), steps)
+        with pytest.raises(GsforgetError, match="diverged at step") as caught:
+            run.run()
+        told.append((caught.value.kind, caught.value.message.split("(")[0]))
+    assert told[0] == told[1] == ("diverged", told[0][1])
+    with pytest.raises(RequestError, match="removed every group"):
+        read_every(loop(three_blocks, prox=1e3), READ_EVERY).run()
+
+
+def test_a_step_asks_the_host_for_nothing(three_blocks):
+    """But at a reading.  The proximal step is the kernel; on a GPU a task that selects by masks waits as well, see docs."""
+    run, asked = read_every(loop(three_blocks, method="gs-lora"), READ_EVERY), []
+    run.objective = run.task.objective(run.seen_of(torch.arange(160)), run.labels, run.forget, run.known)
+    counter = torch.zeros(3, dtype=torch.int64)
+    run.control = control.StrengthControl(1e-4, 1, counter)
+    run.adam = ProximalAdam(run.groups.lengths, run.groups.weights, backend="interpret", programs=1)
+    run.step = control.WARMUP
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+                asked.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    run.log.add(run._losses(run._draw_batch()))  # so that the second step is the last but one before a reading
+    with Watch():
+        run._train_step(1e-3)
+    assert asked == []
+    assert run.log.unread == 2
+    with Watch():
+        read_every(run, 1)._train_step(1e-3)
+    assert asked  # a step that is read
+    run.groups.detach()
+
+
+def test_captured_steps_train_the_same_bit_for_bit(done, three_blocks, capture_double):
+    """With a double of CUDA graphs that replays Python; a graph for each set of groups, and one for reused outputs."""
+    run, _, events = done
+    told, double = [], capture_double()
+    replayed = loop(three_blocks, progress=told.append)
+    replayed.graphs = Graphs(double)
+    replayed.run()
+    assert replayed.graphs.off is None
+    assert torch.equal(replayed.groups.flat, run.groups.flat)
+    assert told == events
+    assert replayed.trained.chosen == run.trained.chosen
+    left = {tuple(n == 0 for n in norms) for norms in run.trained.norms}
+    assert 2 < double.captured.count("network") <= len(left) + 1
+    assert double.captured.count("work") == 2  # with and without the penalty
+    assert len(double.replayed) == 2 * run.step + double.captured.count("network")
 
 
 @pytest.mark.parametrize("switch", [{"reuse_prefix": False}, {"retire_groups": False}, {"cache_bytes": 0}])

@@ -4,6 +4,7 @@ This process interprets Triton, and the compiling processes do not.
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,18 @@ def test_every_kernel_fits_every_target(target, tmp_path):
             raise
         pytest.skip(error.message)
     assert len(manifest["kernels"]) == len(ahead.shipped(target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90, 120])
+def test_the_proximal_step_loads_and_stores_four_numbers_at_once(target, tmp_path):
+    """In the machine code, where the table of groups allows it; alone what is per group is read by itself."""
+    ahead.compile_kernels(target, tmp_path / "out", "group_prox_*")
+    for name in ("group_prox_adam_single", "group_prox_adam_single_odd"):
+        command = [BINARIES / "cuobjdump", "--dump-sass", tmp_path / "out" / f"{name}.cubin"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        wide, narrow = (len(re.findall(kind, code)) for kind in (r"\b(?:LDG|STG)\.E\.128", r"\b(?:LDG|STG)\.E "))
+        assert (wide == 0, narrow > 10) == ((True, True) if name.endswith("odd") else (False, False))
 
 
 def test_asking_for_a_target_imports_no_triton():

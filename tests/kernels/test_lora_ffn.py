@@ -100,6 +100,21 @@ def test_every_output_is_written_and_a_second_call_gives_the_same_bits(ways, gat
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 
+@pytest.mark.parametrize(("first", "then"), [("fused", "vendor"), ("vendor", "fused")])
+def test_the_backward_goes_by_what_the_forward_chose(first, then):
+    """A table that changed in between, or another thread's, must not make it take z for something else."""
+    x, firsts, last, dy = network(12, 21, 16, 24, 16, (4, 3), False)
+    found = []
+    for way in (first, then):
+        here = [Layer(*(t.float() for t in la)) for la in (firsts[0], last)]
+        here = [la._replace(a=la.a.requires_grad_(), b=la.b.requires_grad_()) for la in here]
+        with dispatch.forced(up=first, slope="vendor"):
+            y = lora_ffn(x.float(), *here, backend="interpret")
+        with dispatch.forced(up=way, slope="vendor"):
+            found.append(torch.autograd.grad(y, [t for la in here for t in (la.a, la.b)], dy.float()))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_ranks_up_to_the_largest(monkeypatch):
     net = network(4, 20, 70, 66, 68, (64, 33, 64), True)
     truth, plain = (run(naive_lora_ffn, d, *net, "silu") for d in (torch.float64, torch.float32))

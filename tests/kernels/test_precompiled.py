@@ -57,13 +57,15 @@ def test_a_step_of_a_vit(launched, ways, gated, rank, dtype):
     assert kinds >= {"skinny", "gradient", "product" if ways["up"] == "fused" else "activate"}
 
 
-@pytest.mark.parametrize(("metric", "programs"), [("adam", 11), ("euclidean", 1)])
-def test_the_proximal_step(launched, metric, programs):
-    lengths = torch.full((3,), 64)
+@pytest.mark.parametrize(("metric", "programs", "length"), [("adam", 11, 64), ("euclidean", 1, 64), ("adam", 5, 63)])
+def test_the_proximal_step(launched, metric, programs, length):
+    lengths = torch.full((3,), length)
     prox = ProximalAdam(lengths, lengths.double(), metric=metric, backend="interpret", programs=programs)
     prox.backend = "triton"
-    prox.step(torch.zeros(192), torch.zeros(192), torch.ones(3, dtype=torch.bool), 1e-3, 1e-4)
-    assert launched == [f"group_prox_{metric}_c{programs}"]
+    flat, grad = torch.zeros(2, 3 * length)
+    prox.step(flat, grad.clone(), torch.ones(3, dtype=torch.bool), 1e-3, torch.tensor(1e-4, dtype=torch.float64))
+    ways = "single" if programs == 1 else "shared"
+    assert launched == [f"group_prox_{metric}_{ways}{'_odd' if length % 4 else ''}"]
 
 
 SIGNATURE = {"x": "*bf16", "factor": "fp32", "N": "i32", "big": "i64", "stride": "constexpr", "BLOCK": "constexpr"}

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsforget.errors import RequestError
+from gsforget.kernels.ahead import precompiled
 from gsforget.kernels.group_prox import ProximalAdam, proximal_adam_step
+from gsforget.kernels.group_prox.fused import BLOCK, fitting
 from gsforget.kernels.group_prox.naive import group_sum
 
 torch.set_num_threads(1)
@@ -66,6 +69,7 @@ def test_equals_the_truth(seed, lengths, metric, programs, level):
     alive = group_sum(got[0].double().abs(), run.lengths) > 0
     assert torch.equal(alive[~close], (group_sum(want[0].abs(), run.lengths) > 0)[~close])
     torch.testing.assert_close(got[3].critical, want[3].critical, rtol=1e-3, atol=1e-6)
+    assert got[3].alive == (got[3].norms != 0).sum()
 
 
 @pytest.mark.parametrize("metric", ["adam", "euclidean"])
@@ -135,24 +139,87 @@ def test_inactive_groups_are_not_touched():
     assert not m[70:110].any()
     assert not v[70:110].any()
     assert result.norms[1] == result.critical[1] == 0
+    assert result.alive == 2
 
 
 def test_strength_and_step_size_may_lie_on_the_device():
     run = Run(9, [70, 40], steps=1)
     by_number = run.fused(3e-3, 0.2, "adam", 2)[0]
-    by_tensor = run.fused(torch.tensor(3e-3), torch.tensor(0.2), "adam", 2)[0]
+    there = [torch.tensor(value, dtype=torch.float64) for value in (3e-3, 0.2)]
+    by_tensor = run.fused(*there, "adam", 2)[0]
     assert torch.equal(by_number, by_tensor)
+    plain = [proximal_adam(run, "torch")(*given) for given in ((3e-3, 0.2), there)]
+    assert torch.equal(*plain)
+
+
+def proximal_adam(run: Run, backend: str):
+    def once(lr, strength):
+        flat, adam = run.flat.clone(), ProximalAdam(run.lengths, run.weights, backend=backend)
+        adam.step(flat, run.grads[0], run.active, lr, strength)
+        return flat
+
+    return once
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_any_table_of_groups_takes_the_same_step(programs):
+    """Groups that end at multiples of four numbers are read four at a time, others one by one; nobody sees which."""
+    run = Run(13, [72, 20], steps=1)
+    cut = torch.ones(92, dtype=torch.bool)
+    cut[[71, 91]] = False
+    odd = Run(13, [71, 19], steps=0)
+    odd.weights, odd.active, odd.flat = run.weights, run.active, run.flat[cut]
+    for grad in (run.flat, *run.grads):
+        grad[~cut] = 0  # so that the shorter groups have the same norms
+    odd.flat, odd.grads = run.flat[cut], [grad[cut] for grad in run.grads]
+    even, other = (r.fused(1e-2, 0.1, "adam", programs) for r in (run, odd))
+    torch.testing.assert_close(even[0][cut], other[0], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(even[3].norms, other[3].norms, rtol=2e-5, atol=1e-6)
+    assert even[3].alive == other[3].alive
+
+
+def test_one_launch_and_nothing_around_it(monkeypatch):
+    """On a GPU a step is the kernel alone: what PyTorch does beside it is counted, and is memory and views only."""
+    run, launches = Run(14, [64, 36], steps=1), []
+    monkeypatch.setattr(precompiled, "launch", lambda kernel, grid, *args, **options: launches.append((grid, options)))
+    adam = ProximalAdam(run.lengths, run.weights, backend="interpret", programs=1)
+    adam.backend = "triton"
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        adam.step(run.flat, run.grads[0], run.active, 1e-2, 0.1)
+    assert set(called) <= {"new_empty", "empty", "view"}
+    ((grid, options),) = launches
+    assert grid == (2, 1)
+    assert (options["launch_cooperative_grid"], options["SHARED"], options["ALIGNED"]) == (False, False, True)
+
+
+def test_more_groups_than_the_device_holds_at_once_wait_for_nothing():
+    long = [122_880] * 12
+    assert fitting(long, None, 132) == 11
+    assert fitting(long, 32, 132) == 11  # asked for or not: all programs have to be there
+    assert fitting(long, None, 12) == fitting(long, None, 11) == fitting([BLOCK] * 12, None, 132) == 1
+    assert fitting([10**7], None, 132) == fitting([10**7], 64, None) == 32
+    for groups in range(1, 300):
+        for there in (1, 16, 20, 132):
+            programs = fitting([10**6] * groups, None, there)
+            assert programs == 1 or programs * groups <= there
 
 
 def test_counters_come_out_even_after_every_launch():
     run = Run(10, [150, 40, 90])
     adam = ProximalAdam(run.lengths, run.weights, backend="interpret", programs=3)
-    for grad, strength in zip(run.grads, (0.0, 1e9, 0.1)):  # no Newton, all dead, Newton
+    for k, (grad, strength) in enumerate(zip(run.grads, (0.0, 1e9, 0.1)), 1):  # no Newton, all dead, Newton
         before = adam._counters.clone()
         adam.step(run.flat, grad, run.active, 1e-2, strength)
         grown = adam._counters - before
         assert (grown == 9 * 8 * 3).all()  # nine launches of eight phases with three programs
-        assert adam._steps.tolist() == [adam.steps] * 3
+        assert adam.state[2].tolist() == [k] * 3
 
 
 def test_the_torch_backend_is_the_plain_step_bit_for_bit():
@@ -170,6 +237,8 @@ def test_the_torch_backend_is_the_plain_step_bit_for_bit():
 
 def test_what_does_not_fit_is_said():
     run = Run(12, [30, 50])
+    with pytest.raises(RequestError, match="without factors"):
+        ProximalAdam(torch.tensor([3, 0]), run.weights)
     with pytest.raises(RequestError, match="no metric named manhattan"):
         ProximalAdam(run.lengths, run.weights, metric="manhattan")
     adam = ProximalAdam(run.lengths, run.weights)

@@ -21,7 +21,7 @@ from gsforget.kernels.ahead.build import FILE, source_sha256
 from gsforget.kernels.ahead.load import ALIGNMENT, FLOATS, Kernel, open_folder
 
 VARIABLE = "GSFORGET_KERNEL_DIR"
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_cooperative_grid")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_cooperative_grid")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
             torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 BITS = {"i32": 31, "i64": 63}

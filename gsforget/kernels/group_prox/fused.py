@@ -7,7 +7,6 @@ from the device, so that it may be part of a CUDA graph.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from gsforget.kernels.group_prox.naive import ProxStep, proximal_adam_step
 
 METRICS = ("adam", "euclidean")
 MOST = 32  # programs per group
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 2048, 16
+REGISTERS = 128  # of a thread at most: a multiprocessor has room for one program; unasked, ptxas saves some and spills
+VECTOR = 4  # as in `kernel`
 
 
 class ProximalAdam:
@@ -26,6 +27,8 @@ class ProximalAdam:
 
     Attributes:
         exp_avg, exp_avg_sq: float32 [n], Adam's moments.
+        backend: what runs, see `gsforget.kernels.backend`.
+        programs: how many share a group; more than one only where all groups' programs are on the device together.
     """
 
     def __init__(
@@ -42,39 +45,48 @@ class ProximalAdam:
         Args:
             lengths, weights: group table, int64 [G] and float64 [G], on the device of the buffer.
             backend: see `gsforget.kernels.backend.choose`.
-            programs: how many share a group; None: as many as the device holds at once.
+            programs: how many share a group, if the device holds them all at once; None: as many as pay.
+
+        Raises:
+            RequestError: kind ``metric`` for an unknown metric, ``kernel_input`` for lengths below one.
         """
         if metric not in METRICS:
             raise RequestError(f"There is no metric named {metric}.", f"Give one of {', '.join(METRICS)}.", "metric")
+        sizes = lengths.tolist()
+        if not sizes or min(sizes) < 1:
+            raise RequestError("A group without factors was given.", "Leave it out of the table.", "kernel_input")
         device = weights.device
         self.lengths, self.weights, self.betas, self.eps, self.metric = lengths, weights, betas, eps, metric
-        self.exp_avg = torch.zeros(int(lengths.sum()), device=device)
+        self.exp_avg = torch.zeros(sum(sizes), device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.backend = choose(device, backend)
-        self.steps = 0
+        self._done = torch.zeros((), dtype=torch.int64)  # steps, where the host counts them
         if self.backend != "torch":
-            self._prepare(programs)
+            self._prepare(sizes, programs)
 
-    def _prepare(self, programs: int | None) -> None:
-        from gsforget.kernels.group_prox.kernel import PHASES
+    def _prepare(self, sizes: list[int], asked: int | None) -> None:
+        from gsforget.kernels.group_prox.kernel import PHASES, WIDTH
 
-        device, count = self.weights.device, len(self.lengths)
-        self.programs = programs or self._fitting()
-        self.width = max(2, 1 << (self.programs - 1).bit_length())
+        device, count = self.weights.device, len(sizes)
+        self.programs = fitting(sizes, asked, processors(device))
+        self.aligned = all(size % VECTOR == 0 for size in sizes)
         self._offsets = torch.cumsum(self.lengths, 0) - self.lengths
         self._weights = self.weights.float()
-        self._steps = torch.zeros(count, dtype=torch.int64, device=device)
+        self._done = torch.zeros(count, dtype=torch.int64, device=device)
         self._counters = torch.zeros(count, dtype=torch.int64, device=device)
-        self._slots = torch.zeros((PHASES.value, count, self.width, 2), device=device)
-        self._lr, self._strength = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._finished = torch.zeros(1, dtype=torch.int64, device=device)
+        self._slots = torch.zeros((PHASES.value, count, WIDTH.value, 2), device=device)
+        self._one = torch.ones((), dtype=torch.float64, device=device)
 
-    def _fitting(self) -> int:
-        """Programs per group, so that all of them are on the device together."""
-        blocks = -(-int(self.lengths.max()) // BLOCK)
-        if self.weights.device.type != "cuda":
-            return min(MOST, blocks)
-        processors = torch.cuda.get_device_properties(self.weights.device).multi_processor_count
-        return max(1, min(MOST, blocks, processors // len(self.lengths)))
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step changes besides the factors: moments, and the number of steps."""
+        return [self.exp_avg, self.exp_avg_sq, self._done]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a step is all on the device, so that it may be captured and replayed."""
+        return self.backend == "triton"
 
     def step(
         self, flat: Tensor, grad: Tensor, active: Tensor, lr: float | Tensor, strength: float | Tensor = 0.0
@@ -84,7 +96,7 @@ class ProximalAdam:
         Args:
             flat, grad: float32 [n]; the gradient is not changed.
             active: bool [G]; inactive groups stay as they are.
-            lr, strength: numbers, or float32 scalars on the device, which are read there.
+            lr, strength: numbers, or float64 scalars on the device, which are read there.
         """
         if flat.shape != self.exp_avg.shape or grad.shape != flat.shape:
             raise RequestError(
@@ -100,41 +112,69 @@ class ProximalAdam:
                 "Give flat.float().contiguous(), and a gradient alike.",
                 "kernel_input",
             )
-        self.steps += 1
-        if self.backend == "torch":
-            return proximal_adam_step(
-                flat, grad, self.exp_avg, self.exp_avg_sq, self.lengths, self.weights, active, self.steps,
-                float(lr), float(strength), self.betas, self.eps, self.metric,
-            )  # fmt: skip
-        return self._launch(flat, grad, active, self._scalar(lr, self._lr), self._scalar(strength, self._strength))
+        if self.backend != "torch":
+            return self._launch(flat, grad, active, lr, strength)
+        self._done += 1
+        return proximal_adam_step(
+            flat, grad, self.exp_avg, self.exp_avg_sq, self.lengths, self.weights, active, int(self._done),
+            lr, strength, self.betas, self.eps, self.metric,
+        )  # fmt: skip
 
-    @staticmethod
-    def _scalar(value: float | Tensor, place: Tensor) -> Tensor:
-        return value if isinstance(value, Tensor) else place.fill_(value)
-
-    def _launch(self, flat: Tensor, grad: Tensor, active: Tensor, lr: Tensor, strength: Tensor) -> ProxStep:
+    def _launch(
+        self, flat: Tensor, grad: Tensor, active: Tensor, lr: float | Tensor, strength: float | Tensor
+    ) -> ProxStep:
         from gsforget.kernels.ahead.precompiled import launch as run
         from gsforget.kernels.group_prox.kernel import PHASES, proximal_adam_kernel
 
-        norms, critical = flat.new_empty(len(self.lengths)), flat.new_empty(len(self.lengths))
+        norms, critical = (flat.new_empty(len(self.lengths), dtype=torch.float64) for _ in range(2))
+        alive = flat.new_empty(1, dtype=torch.int64)
+        lr_at, lr_by = self._place(lr)
+        strength_at, strength_by = self._place(strength)
         beta1, beta2 = self.betas
+        compiled, shared = self.backend == "triton", self.programs > 1
+        options = {"num_warps": WARPS, "maxnreg": REGISTERS, "launch_cooperative_grid": shared} if compiled else {}
 
-        def launch(store: int, **options: Any) -> None:
+        def launch(store: int) -> None:
             run(
                 proximal_adam_kernel, (len(self.lengths), self.programs),
                 flat, grad, self.exp_avg, self.exp_avg_sq, self._offsets, self.lengths, self._weights, active,
-                self._steps, lr, strength, norms, critical, self._slots, self._counters,
-                math.log(beta1), 1 - beta1, math.log(beta2), beta2, 1 - beta2, self.eps, store,
-                EUCLIDEAN=self.metric == "euclidean", PROGRAMS=self.programs, WIDTH=self.width,
-                BLOCK=BLOCK if self.backend == "triton" else 64, **options,
+                self._done, lr_at, strength_at, norms, critical, alive, self._slots, self._counters, self._finished,
+                lr_by, strength_by, math.log(beta1), 1 - beta1, math.log(beta2), beta2, 1 - beta2, self.eps, store,
+                EUCLIDEAN=self.metric == "euclidean", SHARED=shared, ALIGNED=self.aligned and _at_vectors(flat, grad),
+                BLOCK=BLOCK if compiled else 64, WAIT=compiled, **options,
             )  # fmt: skip
 
-        if self.backend == "triton":
-            launch(1, WAIT=True, num_warps=WARPS, launch_cooperative_grid=True)
-        else:
-            # The interpreter runs one program after the other, so that none can wait for the next.  Repeating the launch
-            # without writing makes the sums of one more phase right each time; the last launch finds all of them right.
-            for _ in range(PHASES.value if self.programs > 1 else 0):
-                launch(0, WAIT=False)
-            launch(1, WAIT=False)
-        return ProxStep(norms.double(), critical.double())
+        # The interpreter runs one program after the other, so that none can wait for the next.  Repeating the launch
+        # without writing makes the sums of one more phase right each time; the last launch finds all of them right.
+        for _ in range(0 if compiled or not shared else PHASES.value):
+            launch(0)
+        launch(1)
+        return ProxStep(norms, critical, alive.view(()))
+
+    def _place(self, value: float | Tensor) -> tuple[Tensor, float]:
+        """A scalar on the device and a factor, which together are the value: a number costs no launch of its own."""
+        return (value, 1.0) if isinstance(value, Tensor) else (self._one, float(value))
+
+
+def fitting(sizes: list[int], asked: int | None, processors: int | None) -> int:
+    """Programs per group: as many as there is work for, and no more than the device holds together.
+
+    Programs of a shared group wait for each other, so all of them have to be there at once: one for each
+    multiprocessor, which always has room for one.  Where there are more groups, each has one program, and none waits.
+
+    Args:
+        sizes: factors of each group.
+        asked: what to take instead of what pays.
+        processors: multiprocessors; None: nothing is waited for, as in the interpreter.
+    """
+    wanted = min(MOST, asked or -(-max(sizes) // BLOCK))
+    return max(1, wanted if processors is None else min(wanted, processors // len(sizes)))
+
+
+def processors(device: torch.device) -> int | None:
+    """Multiprocessors of a GPU; None elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
+def _at_vectors(*buffers: Tensor) -> bool:
+    return all(b.data_ptr() % (VECTOR * b.element_size()) == 0 for b in buffers)

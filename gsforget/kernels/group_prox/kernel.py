@@ -3,7 +3,8 @@
 One idea: groups are few and long, so each one is shared by several programs that all stay on the device (a cooperative
 launch) and meet at barriers of their own.  Everything is recomputed from the old moments in every pass, which the L2
 cache holds, and only the last pass writes.  Between passes programs exchange a few sums through slots that all of them
-add in the same order: no result depends on who came first.
+add in the same order: no result depends on who came first.  Where a group has one program, nobody waits for anybody:
+then the launch is a plain one, and there may be more groups than the device holds at once.
 """
 
 import triton
@@ -11,6 +12,9 @@ import triton.language as tl
 
 NEWTON = tl.constexpr(6)  # passes of Newton's method; 5 were the most that random groups needed
 PHASES = tl.constexpr(NEWTON.value + 2)  # barriers of one launch: the first sums, Newton's, the norm
+WIDTH = tl.constexpr(32)  # programs per group at most: each has a slot
+VECTOR = tl.constexpr(4)  # float32 numbers in the widest load
+COUNTED = tl.constexpr(128)  # norms that are looked at together when living groups are counted
 
 
 @triton.jit
@@ -32,10 +36,10 @@ def _meet(counter, target, WAIT: tl.constexpr):
 
 
 @triton.jit
-def _from_all(at, PROGRAMS: tl.constexpr, WIDTH: tl.constexpr):
+def _from_all(at, programs):
     """What the programs of a group have stored in one slot each, 0 beyond them: float32 [WIDTH], past the L1 cache."""
     who = tl.arange(0, WIDTH)
-    return tl.load(at + who * 2, mask=who < PROGRAMS, other=0.0, cache_modifier=".cg")
+    return tl.load(at + who * 2, mask=who < programs, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -58,40 +62,68 @@ def _point(
 
 
 @triton.jit
+def _conclude(norms, critical, step, alive, finished, norm, at_zero, done, store):
+    """Write what the step says of this group; whoever comes last counts the groups that are not zero.
+
+    finished: int64 [1], grows by the number of groups in each launch, so that nobody has to set it back.
+    """
+    group, groups = tl.program_id(0), tl.num_programs(0)
+    tl.store(norms + group, norm)
+    tl.store(critical + group, at_zero)
+    if store != 0:
+        tl.store(step + group, done + 1)
+    tl.debug_barrier()  # the norm is stored
+    before = tl.atomic_add(finished, 1, sem="acq_rel")
+    if before % groups == groups - 1:
+        tl.debug_barrier()
+        count = 0
+        for first in range(0, groups, COUNTED):
+            each = first + tl.arange(0, COUNTED)
+            found = tl.load(norms + each, mask=each < groups, other=0.0, cache_modifier=".cg")
+            count += tl.sum((found != 0.0).to(tl.int32))  # NaN is not zero, and stays visible
+        tl.store(alive, count)
+
+
+@triton.jit
 def proximal_adam_kernel(
     flat, grad, exp_avg, exp_avg_sq, offsets, lengths, weights, active, step, lr_at, strength_at,
-    norms, critical, slots, counters,
-    log_beta1, rest1, log_beta2, beta2, rest2, eps, store,
-    EUCLIDEAN: tl.constexpr, PROGRAMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr,
+    norms, critical, alive, slots, counters, finished,
+    lr_by, strength_by, log_beta1, rest1, log_beta2, beta2, rest2, eps, store,
+    EUCLIDEAN: tl.constexpr, SHARED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Program (g, c) does its share of group g; see `naive.proximal_adam_step` for what is computed.
 
-    slots: float32 [PHASES, G, WIDTH, 2]; counters: int64 [G], grows by PHASES * PROGRAMS in each launch.
-    step: int64 [G], steps done so far; lr_at, strength_at: float32 scalars on the device.
+    slots: float32 [PHASES, G, WIDTH, 2]; counters: int64 [G], grows by PHASES * programs in each launch; without use
+        where a group has one program (SHARED false).
+    step: int64 [G], steps done so far; lr_at, strength_at: scalars on the device, times lr_by and strength_by.
+    norms, critical: float64 [G]; alive: int64 [1].
     store: 0 leaves everything but slots as it was.  WAIT: not in the interpreter, see `fused`.
+    ALIGNED: all groups start and end at multiples of VECTOR, so that a thread loads and stores four numbers at once.
     """
-    group, chunk, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    group, chunk = tl.program_id(0), tl.program_id(1)
+    groups, programs = tl.num_programs(0), tl.num_programs(1)
     counter = counters + group
     if tl.load(active + group) == 0:
-        tl.atomic_add(counter, PHASES, sem="relaxed")
-        if chunk == PROGRAMS - 1:  # the last one to read `step` where programs run in order
-            tl.store(norms + group, 0.0)
-            tl.store(critical + group, 0.0)
-            if store != 0:
-                tl.store(step + group, tl.load(step + group) + 1)
+        if SHARED:
+            tl.atomic_add(counter, PHASES, sem="relaxed")
+        if chunk == programs - 1:  # the last one to read `step` where programs run in order
+            _conclude(norms, critical, step, alive, finished, 0.0, 0.0, tl.load(step + group), store)
     else:
         done = tl.load(step + group)
-        base = tl.atomic_add(counter, 0, sem="relaxed") // (PHASES * PROGRAMS) * (PHASES * PROGRAMS)
+        base = done * 0
+        if SHARED:
+            base = tl.atomic_add(counter, 0, sem="relaxed") // (PHASES * programs) * (PHASES * programs)
         t = (done + 1).to(tl.float64)
         bias1 = (1.0 - tl.exp(t * log_beta1)).to(tl.float32)
         bias2 = (1.0 - tl.exp(t * log_beta2)).to(tl.float32)
-        lr, weight = tl.load(lr_at), tl.load(weights + group)
-        s = tl.load(strength_at) * weight
-        length = tl.load(lengths + group)
-        share = tl.cdiv(tl.cdiv(length, PROGRAMS), BLOCK) * BLOCK
+        lr, weight = tl.load(lr_at).to(tl.float32) * lr_by, tl.load(weights + group)
+        s = tl.load(strength_at).to(tl.float32) * strength_by * weight
+        length, start = tl.load(lengths + group), tl.load(offsets + group)
+        share = tl.cdiv(tl.cdiv(length, programs), BLOCK) * BLOCK
         low = chunk * share
         high = min(low + share, length)
-        start = tl.load(offsets + group)
+        if ALIGNED:
+            start, high = tl.multiple_of(start, VECTOR), tl.multiple_of(high, VECTOR)
         each = tl.arange(0, BLOCK)
         at = slots + group * (WIDTH * 2)
         stride = groups * (WIDTH * 2)
@@ -104,17 +136,19 @@ def proximal_adam_kernel(
             )
             squares += tl.sum(tl.where(inside, d * z * d * z, 0.0))
             widest = max(widest, tl.max(tl.where(inside, d, 0.0)))
-        tl.store(at + chunk * 2, squares)
-        tl.store(at + chunk * 2 + 1, widest)
-        _meet(counter, base + PROGRAMS, WAIT)
-        squares = tl.sum(_from_all(at, PROGRAMS, WIDTH))
-        widest = tl.max(_from_all(at + 1, PROGRAMS, WIDTH))
+        if SHARED:
+            tl.store(at + chunk * 2, squares)
+            tl.store(at + chunk * 2 + 1, widest)
+            _meet(counter, base + programs, WAIT)
+            squares = tl.sum(_from_all(at, programs))
+            widest = tl.max(_from_all(at + 1, programs))
         pull = tl.sqrt(squares)
         dead = pull <= s  # false for NaN, which stays visible
         theta = tl.where(dead, 1.0, (pull - s) / widest)
 
         if dead | (s == 0.0) | EUCLIDEAN:  # the same for all programs of a group
-            _arrive(counter, NEWTON)
+            if SHARED:
+                _arrive(counter, NEWTON)
         else:
             for k in range(1, NEWTON + 1):
                 g2, g3 = 0.0, 0.0
@@ -128,11 +162,12 @@ def proximal_adam_kernel(
                     ratio = tl.where(inside, z / below, 0.0)
                     g2 += tl.sum(ratio * ratio)
                     g3 += tl.sum(ratio * ratio / below)
-                tl.store(at + k * stride + chunk * 2, g2)
-                tl.store(at + k * stride + chunk * 2 + 1, g3)
-                _meet(counter, base + (k + 1) * PROGRAMS, WAIT)
-                g2 = tl.sum(_from_all(at + k * stride, PROGRAMS, WIDTH))
-                g3 = tl.sum(_from_all(at + k * stride + 1, PROGRAMS, WIDTH))
+                if SHARED:
+                    tl.store(at + k * stride + chunk * 2, g2)
+                    tl.store(at + k * stride + chunk * 2 + 1, g3)
+                    _meet(counter, base + (k + 1) * programs, WAIT)
+                    g2 = tl.sum(_from_all(at + k * stride, programs))
+                    g3 = tl.sum(_from_all(at + k * stride + 1, programs))
                 theta += g2 / g3 * (tl.sqrt(g2) - 1.0)
 
         squares = 0.0
@@ -147,13 +182,12 @@ def proximal_adam_kernel(
                 tl.store(exp_avg + here, m, mask=inside)
                 tl.store(exp_avg_sq + here, v, mask=inside)
                 tl.store(flat + here, x, mask=inside)
-        tl.store(at + (PHASES - 1) * stride + chunk * 2, squares)
-        if chunk == PROGRAMS - 1:  # the last one to read `step` where programs run in order
-            _meet(counter, base + PHASES * PROGRAMS, WAIT)
-            squares = tl.sum(_from_all(at + (PHASES - 1) * stride, PROGRAMS, WIDTH))
-            tl.store(norms + group, tl.sqrt(squares))
-            tl.store(critical + group, pull / weight)
-            if store != 0:
-                tl.store(step + group, done + 1)
-        else:
+        if SHARED:
+            tl.store(at + (PHASES - 1) * stride + chunk * 2, squares)
+        if chunk == programs - 1:  # the last one to read `step` where programs run in order
+            if SHARED:
+                _meet(counter, base + PHASES * programs, WAIT)
+                squares = tl.sum(_from_all(at + (PHASES - 1) * stride, programs))
+            _conclude(norms, critical, step, alive, finished, tl.sqrt(squares), pull / weight, done, store)
+        elif SHARED:
             _arrive(counter, 1)

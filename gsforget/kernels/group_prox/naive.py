@@ -28,15 +28,17 @@ class ProxStep:
     Attributes:
         norms: float64 [G], norms of the groups after the step; 0 for inactive ones.
         critical: float64 [G], the strength at which each group would have become zero in this step; 0 likewise.
+        alive: int64 [], how many groups are active and not zero after the step.
     """
 
     norms: Tensor
     critical: Tensor
+    alive: Tensor
 
 
 def group_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum of each group's piece of a flat buffer: [n], int64 [G] -> [G]; deterministic."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0)
+    return _reduce(values, "sum", lengths)
 
 
 def prox_group_lasso(z: Tensor, d: Tensor, strengths: Tensor, lengths: Tensor) -> Tensor:
@@ -53,17 +55,17 @@ def prox_group_lasso(z: Tensor, d: Tensor, strengths: Tensor, lengths: Tensor) -
     """
     dz = group_sum((d * z) ** 2, lengths).sqrt()
     alive = ~(dz <= strengths)  # NaN stays alive, and is seen
-    largest = torch.segment_reduce(d, "max", lengths=lengths, axis=0)
+    largest = _reduce(d, "max", lengths)
     theta = ((dz - strengths) / largest).clamp_min(0)
     theta = torch.where(alive, theta, torch.ones_like(theta))
-    shift = _spread(strengths, lengths) / d
+    shift = _spread(strengths, lengths, z) / d
     for _ in range(NEWTON_STEPS):
-        denominator = _spread(theta, lengths) + shift
+        denominator = _spread(theta, lengths, z) + shift
         ratio = (z / denominator) ** 2
         g2, g3 = group_sum(ratio, lengths), group_sum(ratio / denominator, lengths)
         theta = torch.where(alive, theta + g2 / g3 * (g2.sqrt() - 1), theta)
-    wide = _spread(theta, lengths)
-    return torch.where(_spread(alive, lengths), z * (wide / (wide + shift)), torch.zeros_like(z))
+    wide = _spread(theta, lengths, z)
+    return torch.where(_spread(alive, lengths, z), z * (wide / (wide + shift)), torch.zeros_like(z))
 
 
 def proximal_adam_step(
@@ -75,8 +77,8 @@ def proximal_adam_step(
     weights: Tensor,
     active: Tensor,
     step: int,
-    lr: float,
-    strength: float,
+    lr: float | Tensor,
+    strength: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     metric: str = "adam",
@@ -86,24 +88,33 @@ def proximal_adam_step(
     Args:
         lengths, weights, active: group table: int64 [G], float64 [G], bool [G]; inactive groups stay as they are (zero).
         step: 1 for the first step.
-        strength: multiplies each group's weight; 0 gives plain Adam (Kingma and Ba, 2015, algorithm 1).
+        lr, strength: numbers, or float64 scalars on the device.  Strength multiplies each group's weight; 0 gives plain
+            Adam (Kingma and Ba, 2015, algorithm 1).
         metric: "adam" or "euclidean".
     """
-    live = _spread(active, lengths)
+    live = _spread(active, lengths, flat)
     grad = torch.where(live, grad, torch.zeros_like(grad))
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     denominator = (exp_avg_sq.double() / (1 - betas[1] ** step)).sqrt() + eps
     z = flat.double() - lr * (exp_avg.double() / (1 - betas[0] ** step)) / denominator
-    d = denominator / lr if metric == "adam" else torch.full_like(denominator, 1 / lr)
+    d = denominator / lr if metric == "adam" else torch.ones_like(denominator) / lr
     critical = group_sum((d * z) ** 2, lengths).sqrt() / weights
-    if strength > 0:
+    if isinstance(strength, Tensor) and strength.is_cuda:  # which must not be asked
+        z = torch.where(strength > 0, prox_group_lasso(z, d, strength * weights, lengths), z)
+    elif strength > 0:
         z = prox_group_lasso(z, d, strength * weights, lengths)
     flat.copy_(torch.where(live, z, flat.double()))
     norms, none = group_sum(flat.double() ** 2, lengths).sqrt(), torch.zeros_like(critical)
-    return ProxStep(torch.where(active, norms, none), torch.where(active, critical, none))
+    norms = torch.where(active, norms, none)
+    return ProxStep(norms, torch.where(active, critical, none), (norms != 0).sum())
 
 
-def _spread(per_group: Tensor, lengths: Tensor) -> Tensor:
-    """Repeat each group's value over its piece of the buffer: [G] -> [n]."""
-    return torch.repeat_interleave(per_group, lengths)
+def _spread(per_group: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+    """Repeat each group's value over its piece of a buffer `like`: [G] -> [n]; its size is not asked of the device."""
+    return torch.repeat_interleave(per_group, lengths, output_size=len(like))
+
+
+def _reduce(values: Tensor, how: str, lengths: Tensor) -> Tensor:
+    """On a GPU the table is not checked, which would wait for the device; `ProximalAdam` has checked it once."""
+    return torch.segment_reduce(values, how, lengths=lengths, axis=0, unsafe=values.is_cuda)

@@ -85,10 +85,10 @@ class _LoRAFFN(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, activation: str, path: str, *flat: Any) -> Tensor:
         firsts, last = _layers(flat)
         keep = any(ctx.needs_input_grad)
-        y, saved = _implementation(path).forward(x, firsts, last, activation, keep)
+        y, saved, complete = _implementation(path).forward(x, firsts, last, activation, keep)
         if keep:
             ctx.save_for_backward(x, *flat, *saved)
-            ctx.activation, ctx.path, ctx.count = activation, path, len(flat)
+            ctx.activation, ctx.path, ctx.count, ctx.complete = activation, path, len(flat), complete
         return y
 
     @staticmethod
@@ -98,7 +98,7 @@ class _LoRAFFN(torch.autograd.Function):
         firsts, last = _layers(rest[: ctx.count])
         with torch.autocast(dy.device.type, enabled=False):
             dx, pairs = _implementation(ctx.path).backward(
-                dy, x, rest[ctx.count :], firsts, last, ctx.activation, ctx.needs_input_grad[0]
+                dy, x, rest[ctx.count :], firsts, last, ctx.activation, ctx.needs_input_grad[0], ctx.complete
             )
         return dx, None, None, *[g for da, db in pairs for g in (None, None, da, db)]
 
@@ -108,7 +108,7 @@ class _LoRAFFN(torch.autograd.Function):
 
 @torch.library.custom_op("gsforget::lora_ffn", mutates_args=())
 def _compiled(x: Tensor, flat: Sequence[Tensor | None], activation: str, path: str) -> list[Tensor]:
-    y, saved = _implementation(path).forward(x, *_layers(flat), activation, True)
+    y, saved, _ = _implementation(path).forward(x, *_layers(flat), activation, True)
     return [y, *saved]
 
 
@@ -116,7 +116,9 @@ def _compiled(x: Tensor, flat: Sequence[Tensor | None], activation: str, path: s
 def _compiled_backward(
     dy: Tensor, x: Tensor, saved: Sequence[Tensor], flat: Sequence[Tensor | None], activation: str, path: str
 ) -> list[Tensor]:
-    dx, pairs = _implementation(path).backward(dy, x, list(saved), *_layers(flat), activation, True)
+    # What the forward chose is no tensor, so that it cannot travel here: it is looked up a second time.
+    complete = _implementation(path).fused_up(x, _layers(flat)[0])
+    dx, pairs = _implementation(path).backward(dy, x, list(saved), *_layers(flat), activation, True, complete)
     return [dx, *[g for pair in pairs for g in pair]]
 
 

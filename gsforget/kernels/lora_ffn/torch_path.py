@@ -21,18 +21,29 @@ def keeps_hidden(x: Tensor) -> bool:
 
 def forward(
     x: Tensor, firsts: tuple[Layer, ...], last: Layer, activation: str, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """x [M, K] -> y [M, K'] and what the backward needs: z_i and S_i of each first layer, S of the last, h or nothing."""
+) -> tuple[Tensor, list[Tensor], bool]:
+    """x [M, K] -> y [M, K'] and what the backward needs: z_i and S_i of each first layer, S of the last, h or nothing.
+
+    Last comes whether z_i holds its pair's term, which it does here.
+    """
     z, s = zip(*(_adapted(x, layer) for layer in firsts))
     h = _hidden(z, activation)
     y, s_last = _adapted(h, last)
-    return y, [*z, *s, s_last, *([h] if keep and keeps_hidden(x) else [])]
+    return y, [*z, *s, s_last, *([h] if keep and keeps_hidden(x) else [])], True
+
+
+def fused_up(x: Tensor, firsts: tuple[Layer, ...]) -> bool:
+    """As in `triton_path`."""
+    del x, firsts
+    return True
 
 
 def backward(
-    dy: Tensor, x: Tensor, saved: list[Tensor], firsts: tuple[Layer, ...], last: Layer, activation: str, need_dx: bool
-) -> tuple[Tensor | None, list[Pair]]:
+    dy: Tensor, x: Tensor, saved: list[Tensor], firsts: tuple[Layer, ...], last: Layer, activation: str, need_dx: bool,
+    complete: bool,
+) -> tuple[Tensor | None, list[Pair]]:  # fmt: skip
     """dy [M, K'] -> dx [M, K] or None, and (dA, dB) of each first layer and of the last."""
+    assert complete
     count = len(firsts)
     z, s, s_last = saved[:count], saved[count : 2 * count], saved[2 * count]
     h = saved[2 * count + 1] if len(saved) > 2 * count + 1 else _hidden(z, activation)

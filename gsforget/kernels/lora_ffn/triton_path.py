@@ -23,10 +23,14 @@ PROCESSORS = 132  # multiprocessors, where the device cannot be asked
 
 def forward(
     x: Tensor, firsts: tuple[Layer, ...], last: Layer, activation: str, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """x [M, K] -> y [M, K'], and z_i, S_i of each first layer, S of the last for the backward.  See `torch_path`."""
+) -> tuple[Tensor, list[Tensor], bool]:
+    """x [M, K] -> y [M, K'], and z_i, S_i of each first layer, S of the last for the backward.  See `torch_path`.
+
+    Last comes what the backward must know of the choice made here: whether z holds its pair's term already.
+    """
     s = [_skinny_p(x, layer.a.t()) for layer in firsts]
-    if _fused_up(x, firsts):
+    complete = fused_up(x, firsts)
+    if complete:
         layer = firsts[0]
         z = x.new_empty((len(x), len(layer.weight))) if keep else x.new_empty((1, 1))
         h = _product(x, layer.weight.t(), s[0], layer.b.t(), layer.bias, z, activation, "act", keep)
@@ -36,12 +40,13 @@ def forward(
         h = _activate(zs, s, firsts, activation)
     s_last = _skinny_p(h, last.a.t())
     y = _with_pair(h, last.weight.t(), s_last, last.b.t(), last.bias, "down")
-    return y, [*zs, *s, s_last]
+    return y, [*zs, *s, s_last], complete
 
 
 def backward(
-    dy: Tensor, x: Tensor, saved: list[Tensor], firsts: tuple[Layer, ...], last: Layer, activation: str, need_dx: bool
-) -> tuple[Tensor | None, list[Pair]]:
+    dy: Tensor, x: Tensor, saved: list[Tensor], firsts: tuple[Layer, ...], last: Layer, activation: str, need_dx: bool,
+    complete: bool,
+) -> tuple[Tensor | None, list[Pair]]:  # fmt: skip
     """dy [M, K'] -> dx [M, K] or None, and (dA, dB) of each first layer and of the last.  See `torch_path`."""
     count = len(firsts)
     z, s, s_last = saved[:count], saved[count : 2 * count], saved[2 * count]
@@ -49,7 +54,6 @@ def backward(
         dy = dy.contiguous()
     ds, db = _skinny(dy, last.b, s_last)
     rank = last.a.shape[0]
-    complete = _fused_up(x, firsts)  # z holds the pair's term already
     if complete and dispatch.choose("slope", x, dy.shape[0], z[0].shape[1], dy.shape[1]) == "fused":
         dh, done = _product(dy, last.weight, ds, last.a, None, z[0], activation, "grad", False), True
     else:
@@ -68,7 +72,7 @@ def backward(
     return dx, pairs
 
 
-def _fused_up(x: Tensor, firsts: tuple[Layer, ...]) -> bool:
+def fused_up(x: Tensor, firsts: tuple[Layer, ...]) -> bool:
     """Whether the first product takes the activation into its epilogue."""
     n, k = firsts[0].weight.shape
     return len(firsts) == 1 and dispatch.choose("up", x, len(x), n, k) == "fused"
