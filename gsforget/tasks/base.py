@@ -265,7 +265,12 @@ class Study(Protocol):
 
 
 class Kind(Protocol):
-    """What the module of a task offers."""
+    """What the module of a task offers; what leaves the workstation is said in `gsforget.export.build.kinds`."""
+
+    @staticmethod
+    def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
+        """As `Task.networks`, for models of this task, whatever the request."""
+        ...
 
     @staticmethod
     def open_study(source: Source, data: Any, request: Request, load: Load, device: torch.device) -> Study:

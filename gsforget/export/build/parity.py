@@ -15,10 +15,13 @@ from gsforget.errors import GateError, RequestError
 if TYPE_CHECKING:
     from torch import nn
 
+    from gsforget.export.build.kinds import Comparison
     from gsforget.export.device.infer import Predicts
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.export.device.runtime import Predictor
 
+OUTPUT = "logits"  # of an exported classifier, see `kinds`
+MORE: tuple[str, ...] = ()
 BATCH = 64
 SYNTHETIC = 32  # images
 # Gates of `forget`, in the order that ``evaluate_gates`` takes them, where a run states none.
@@ -87,7 +90,27 @@ def compare(reference_logits: np.ndarray, artifact_logits: np.ndarray, tie: floa
     }
 
 
-def check(parity: dict[str, Any], peak: float, precision: str, where: str) -> None:
+def traced(model: nn.Module) -> nn.Module:
+    """The classifier itself."""
+    return model
+
+
+def check(c: Comparison) -> dict[str, Any]:
+    """Parity of an artifact with the model, and the run's gates on the file itself; see `kinds.ExportKind`."""
+    from gsforget.predict import TorchPredictor
+
+    info = c.info
+    measured = evaluate(TorchPredictor(c.model), c.artifact, info.preprocess, info.precision, c.samples)
+    parity, peak, right = measured
+    check_parity(parity, peak, info.precision, c.where)
+    if info.features_name:
+        parity |= check_features(c.model, c.artifact, info.preprocess, info.precision, c.samples, c.where)
+    if right is not None and c.samples is not None and c.thresholds is not None:
+        check_forgotten(right, c.samples, c.thresholds, c.where)
+    return parity
+
+
+def check_parity(parity: dict[str, Any], peak: float, precision: str, where: str) -> None:
     """Raise GateError (kind ``parity``) where an artifact differs from the model by more than ``TOLERANCES`` allow."""
     allowed = TOLERANCES[precision]
     limit = max(allowed.absolute, allowed.relative * peak)

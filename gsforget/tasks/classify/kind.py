@@ -27,9 +27,10 @@ from gsforget.tasks.classify.samples import SingleImages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from gsforget.audit.in_run import Prober
+    from gsforget.lora.blocks import FeedForward
     from gsforget.source import Source
     from gsforget.training import Trained
 
@@ -39,6 +40,11 @@ EVAL_BATCH = 256
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> ClassifyStudy:
     """See `gsforget.tasks.base.Kind`."""
     return ClassifyStudy(source, data, request, load, device)
+
+
+def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
+    """See `gsforget.tasks.base.Kind`."""
+    return find_feed_forward(model, example)
 
 
 class ClassifyStudy:
