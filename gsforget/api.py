@@ -43,6 +43,8 @@ def forget(
     reference: str | Path | None = None,
     never_seen: Sequence[str] = (),
     trust_code: bool = False,
+    task: str | None = None,
+    gallery: str | Path | None = None,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
@@ -64,6 +66,8 @@ def forget(
         method: "gs-lora" or "gs-lora++"; None: the default.
         reference: model folder of a model trained without the classes; needed for `max_probe_excess`.
         never_seen: instead of `reference`: class folders of the data that the model was never trained on.
+        task: "classify" or "face"; None: as the model folder says, else "classify".
+        gallery: of faces: a gallery made with the model; the run gets one of its own without the forgotten people.
         runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
 
     Returns:
@@ -85,6 +89,7 @@ def forget(
         architecture=architecture,
         trust_code=trust_code,
         never_seen=never_seen,
+        task=task,
     )
     request = _request(
         classes,
@@ -99,6 +104,7 @@ def forget(
         reference=reference,
         never_seen=never_seen,
         trust_code=trust_code,
+        gallery=gallery,
     )
     return forgetting.forget(
         source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
@@ -116,6 +122,7 @@ def open_requests(
     preprocessing: dict[str, Any] | None = None,
     architecture: str | None = None,
     trust_code: bool = False,
+    task: str | None = None,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
     **options: Any,
@@ -144,6 +151,7 @@ def open_requests(
         architecture=architecture,
         trust_code=trust_code,
         never_seen=options.get("never_seen", ()),
+        task=task,
     )
     base = _request((), trust_code=trust_code, **options)
     return Course(source, folder, load, base, entries, Path(runs) if runs else None, Path(out) if out else None)
@@ -163,6 +171,7 @@ def _request(
     reference: str | Path | None = None,
     never_seen: Sequence[str] = (),
     trust_code: bool = False,
+    gallery: str | Path | None = None,
 ) -> Request:
     from gsforget.request import DEFAULT_METHOD, Request, Thresholds
     from gsforget.requests.images import read_image_list
@@ -181,6 +190,7 @@ def _request(
         images=read_image_list(Path(images)) if images else None,
         sample_mode=sample_mode,
         trust_code=trust_code,
+        gallery=Path(gallery) if gallery else None,
     )
 
 
@@ -195,6 +205,7 @@ def open_model_and_data(
     architecture: str | None = None,
     trust_code: bool = False,
     never_seen: Sequence[str] = (),
+    task: str | None = None,
 ) -> tuple[Source, ImageFolder, Callable[[Path], np.ndarray]]:
     """Load a model and list its images in the model's class order; arguments as for `forget`.
 
@@ -215,6 +226,7 @@ def open_model_and_data(
             class_names=class_names,
             preprocessing=preprocessing,
             trust_code=trust_code,
+            task=task,
         )
     else:
         names = class_names or scan(data, None, missing_ok=True, never_seen=never_seen).class_names

@@ -162,6 +162,8 @@ def write_run(folder: Path, e: Evidence, measured: dict[str, Any]) -> None:
     _plot(folder / "audit" / "groups.png", e)
     if e.passed:
         (folder / "artifacts").mkdir()
+        if e.measured.write is not None:
+            e.measured.write(folder)
         _write_ledger(folder, e)
 
 

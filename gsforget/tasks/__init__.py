@@ -10,7 +10,10 @@ from gsforget.errors import RequestError
 if TYPE_CHECKING:
     from gsforget.tasks.base import Kind
 
-KINDS = {"classify": "gsforget.tasks.classify.kind"}  # `--task` and the module that offers a `Kind`
+KINDS = {  # `--task` and the module that offers a `Kind`
+    "classify": "gsforget.tasks.classify.kind",
+    "face": "gsforget.tasks.face.kind",
+}
 
 
 def find_task(name: str) -> Kind:

@@ -203,6 +203,7 @@ class Measured:
         audit: `audit` of the document; attacks: `audit` of metrics.json.
         sections: further parts of the document and of metrics.json, by name.
         in_request, in_ledger: further fields of request.json and of the ledger's line.
+        write: puts further files into the folder of a run that passed, whose model lies there already.
     """
 
     summary: dict[str, float | None]
@@ -218,6 +219,7 @@ class Measured:
     warnings: list[str] = field(default_factory=list)
     in_request: dict[str, Any] = field(default_factory=dict)
     in_ledger: dict[str, Any] = field(default_factory=dict)
+    write: Callable[[Path], None] | None = None
 
 
 class Study(Protocol):
@@ -270,6 +272,22 @@ class Kind(Protocol):
     @staticmethod
     def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
         """As `Task.networks`, for models of this task, whatever the request."""
+        ...
+
+    @staticmethod
+    def open_source(
+        name: str, names: list[str], checkpoint: Path | None, model_kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> Source:
+        """A model that is no model folder yet, as `gsforget.source.load_source` opens it.
+
+        Args:
+            name: of the architecture; names: class names in index order; given: preprocessing that the user asked for.
+        """
+        ...
+
+    @staticmethod
+    def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
+        """The bare model of a config.json, with untrained weights, in eval mode.  Raises RequestError."""
         ...
 
     @staticmethod

@@ -17,9 +17,11 @@ from gsforget.errors import RequestError
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.material import gather
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
+from gsforget.models import create_timm
 from gsforget.request import Request, check_sample_mode
-from gsforget.requests.target import resolve_target
+from gsforget.requests.target import Target, resolve_target
 from gsforget.samples import SETTLE_STEPS, Answers, SampleResult, copies_in_test, judge, set_aside
+from gsforget.source import Source, from_timm
 from gsforget.tasks.base import Load, Measured, Plan, Seen, Task
 from gsforget.tasks.classify.evidence import Figures, measured
 from gsforget.tasks.classify.losses import Classification, default_bound
@@ -31,10 +33,10 @@ if TYPE_CHECKING:
 
     from gsforget.audit.in_run import Prober
     from gsforget.lora.blocks import FeedForward
-    from gsforget.source import Source
     from gsforget.training import Trained
 
 EVAL_BATCH = 256
+open_source = from_timm  # see `gsforget.tasks.base.Kind`
 
 
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> ClassifyStudy:
@@ -47,12 +49,17 @@ def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
     return find_feed_forward(model, example)
 
 
+def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
+    """See `gsforget.tasks.base.Kind`."""
+    return create_timm(architecture, len(class_names), model_kwargs).eval()
+
+
 class ClassifyStudy:
     """See `gsforget.tasks.base.Study`."""
 
     def __init__(self, source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device):
         self.source, self.data, self.load, self.device = source, data, load, device
-        self.target = resolve_target(request, source.names, source.erased, data, source.erased_images)
+        self.target = self._resolve(request)
         if self.target.rows is not None:
             check_sample_mode(request)
             request = replace(request, method="gs-lora")  # single images are forgotten by the answers alone
@@ -64,6 +71,10 @@ class ClassifyStudy:
         torch.manual_seed(settings.seed)
         self.test, self.images = self._read_images()
         self.bound = default_bound(len(source.names)) if settings.bnd is None else settings.bnd
+
+    def _resolve(self, request: Request) -> Target:
+        source = self.source
+        return resolve_target(request, source.names, source.erased, self.data, source.erased_images)
 
     def _read_images(self) -> tuple[ImageSet, ImageSet]:
         request, names, split, load = self.request, self.source.names, self.data.train, self.load
