@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from gsforget.export.device.metadata import ArtifactInfo
     from gsforget.export.device.runtime import Predictor
 
-KINDS = {"classify": "gsforget.export.build.parity"}  # tasks and the modules that offer an `ExportKind`
+KINDS = {  # tasks and the modules that offer an `ExportKind`
+    "classify": "gsforget.export.build.parity",
+    "face": "gsforget.export.build.faces",
+}
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def evaluate(
         others; None where there are no images), the reference's largest absolute logit, and whether the reference and
         the artifact are right, bool [N] each (None without samples).
     """
-    pairs = [(reference.predict(b), artifact.predict(b)) for b in _batches(preprocess, samples)]
+    pairs = [(reference.predict(b), artifact.predict(b)) for b in batches(preprocess, samples)]
     wanted, found = (np.concatenate(part) for part in zip(*pairs, strict=True))
     peak = max(1.0, float(np.abs(wanted).max()))
     parity: dict[str, Any] = compare(wanted, found, TOLERANCES[precision].tie * peak)
@@ -169,10 +169,10 @@ def check_features(
 
     from gsforget.features import features_and_logits, find_classifier
 
-    batches = list(itertools.islice(_batches(preprocess, samples), 4))
-    classifier = find_classifier(model, torch.from_numpy(batches[0]))
+    some = list(itertools.islice(batches(preprocess, samples), 4))
+    classifier = find_classifier(model, torch.from_numpy(some[0]))
     largest = peak = 0.0
-    for batch in batches:
+    for batch in some:
         wanted = features_and_logits(model, classifier, torch.from_numpy(batch))[0].numpy()
         found = artifact.features(batch)
         same = found is not None and found.shape == wanted.shape
@@ -245,7 +245,7 @@ def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Seq
     return Samples(test.paths, np.asarray(test.labels), forgotten)
 
 
-def _batches(preprocess: Preprocess, samples: Samples | None):
+def batches(preprocess: Preprocess, samples: Samples | None):
     """Batches of different sizes on purpose: a batch dimension frozen at export would show."""
     if samples is None:
         noise = np.random.default_rng(0).standard_normal((SYNTHETIC, *preprocess.input_size)).astype(np.float32)
