@@ -160,8 +160,8 @@ def prototypes(embeddings: Tensor, labels: Tensor, identities: int) -> Tensor:
 def without_direction(embeddings: Tensor, directions: Tensor) -> Tensor:
     """What is left of embeddings [N, d] without the part along a direction of each, [N, d] of length 1 or 0; length 1.
 
-    Where next to nothing is left, as of a person with one image, a direction at right angles stands in that is the same
-    for the same image.
+    Where next to nothing is left, as of a person with one image, a random direction at right angles
+    stands in, drawn from a seed.
     """
     rest = embeddings - (embeddings * directions).sum(1, keepdim=True) * directions
     small = rest.norm(dim=1) < 1e-3
