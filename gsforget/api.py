@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from gsforget.audit.case import Ask
     from gsforget.data import ImageFolder
     from gsforget.forgetting import Outcome
     from gsforget.request import Request, Thresholds
@@ -211,16 +212,19 @@ def open_model_and_data(
 
     Returns the source, the image folder, and the function that reads one image file for this model.
     """
-    from gsforget.data import scan
+    from dataclasses import replace
+
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.source import load_source
+    from gsforget.tasks import find_task
 
+    asked = find_task(task or "classify")
     if isinstance(model, (str, Path)):
         source = load_source(
             str(model),
             None
             if class_names or Path(model).is_dir()
-            else scan(data, None, missing_ok=True, never_seen=never_seen).class_names,
+            else asked.open_data(data, None, never_seen=never_seen).class_names,
             checkpoint=checkpoint,
             model_kwargs=model_kwargs,
             class_names=class_names,
@@ -229,9 +233,11 @@ def open_model_and_data(
             task=task,
         )
     else:
-        names = class_names or scan(data, None, missing_ok=True, never_seen=never_seen).class_names
+        names = class_names or asked.open_data(data, None, never_seen=never_seen).class_names
         source = source_of_module(model, names, preprocessing or {}, architecture)
-    images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True, never_seen=never_seen)
+        source.config = replace(source.config, task=task or "classify")
+    kind = find_task(source.config.task)
+    images = kind.open_data(data, source.names, list(source.erased.values()), never_seen)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
 
 
@@ -301,6 +307,12 @@ def audit_model(
         skip_corrupt,
     )
     say = progress or (lambda _text: None)
+    of_task = _audit_of_task(ask)
+    if of_task is not None:
+        found = of_task(_Devices(), Path(out) if out else None, say)
+        if show:
+            show(plain(found))
+        return shown(found)
     say("opening the models")
     case = open_case(ask, _Devices())
     where = places(case, Path(out) if out else None)
@@ -310,6 +322,24 @@ def audit_model(
     if show:
         show(plain(document))
     return shown(document)
+
+
+def _audit_of_task(ask: Ask) -> Callable[..., dict[str, Any]] | None:
+    """The audit of a folder whose task is not classification; None for everything else, exported files included."""
+    from dataclasses import replace
+
+    from gsforget.folder import is_model_folder, read_config
+    from gsforget.runs import newest_run
+    from gsforget.tasks import find_task
+
+    target = ask.target or newest_run()
+    if not is_model_folder(target):
+        return None
+    task = read_config(target).task
+    if task == "classify":
+        return None
+    audit = find_task(task).audit
+    return lambda *rest: audit(replace(ask, target=target), *rest)
 
 
 class _Devices:

@@ -7,7 +7,7 @@ the merged model (`Measured`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from gsforget.audit.case import Ask, Devices
     from gsforget.gates import Gate
     from gsforget.lora.blocks import FeedForward
     from gsforget.material import Material
@@ -286,8 +287,27 @@ class Kind(Protocol):
         ...
 
     @staticmethod
+    def open_data(
+        root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+    ) -> Any:
+        """The images under `--data`, with `class_names` in the model's index order; `names` None: as the data has them.
+
+        Args:
+            optional: names that may lack images; never_seen: folders that are no classes of the model.
+
+        Raises:
+            RequestError: the data do not fit.
+        """
+        ...
+
+    @staticmethod
     def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
         """The bare model of a config.json, with untrained weights, in eval mode.  Raises RequestError."""
+        ...
+
+    @staticmethod
+    def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+        """`gsforget audit` of a model folder; that of classification is `gsforget.audit` itself.  Raises RequestError."""
         ...
 
     @staticmethod

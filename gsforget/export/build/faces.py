@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsforget.errors import GateError
-from gsforget.export.build.parity import Samples, batches, find_samples
+from gsforget.errors import GateError, RequestError
+from gsforget.export.build.parity import Samples, batches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +23,16 @@ MORE: tuple[str, ...] = ()
 # The lowest cosine between an artifact's embedding of an image and the model's: rounding of a ViT's activations, with room.
 LEAST_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.98, "int8": 0.9}
 MAX_TAR_GAIN = 1.0  # points by which an artifact may verify forgotten people better than the model does
+
+
+def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Sequence[int]) -> Samples:
+    """The test images of the model's people; see `kinds.ExportKind`."""
+    from gsforget.tasks.face.data import open_data
+
+    test = open_data(data, names, erased).test
+    if not len(test):
+        raise RequestError(f"{data} holds no test images.", "Give another folder with --data.", "no_test_images")
+    return Samples(test.paths, np.asarray(test.labels), forgotten)
 
 
 def traced(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ an enrolled person's.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def load_gallery(path: Path) -> Gallery:
                 str(raw["model"]),
                 float(raw["threshold"]),
             )
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise _bad(path, str(error)) from error
     if newer:
         raise _bad(path, "it is of a newer format")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from gsforget import control, processes
 from gsforget.audit.images import PER_CLASS
 from gsforget.coverage import check_counts, check_identical, count_warnings
-from gsforget.data import ImageFolder, ImageSet, few_shot, manifest_sha256
+from gsforget.data import ImageFolder, ImageSet, few_shot, manifest_sha256, scan
 from gsforget.errors import RequestError
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.material import gather
@@ -42,6 +43,13 @@ open_source = from_timm  # see `gsforget.tasks.base.Kind`
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> ClassifyStudy:
     """See `gsforget.tasks.base.Kind`."""
     return ClassifyStudy(source, data, request, load, device)
+
+
+def open_data(
+    root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+) -> ImageFolder:
+    """See `gsforget.tasks.base.Kind`."""
+    return scan(root, names, optional, True, never_seen)
 
 
 def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:

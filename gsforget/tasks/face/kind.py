@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,9 @@ import torch
 
 from gsforget import processes
 from gsforget.classes import check_remaining
-from gsforget.data import ImageFolder, ImageSet, Split, listed
+from gsforget.data import ImageFolder, ImageSet, listed
 from gsforget.errors import RequestError
 from gsforget.export.device.gallery import Gallery, load_gallery, make_gallery
-from gsforget.export.device.infer import find_images
 from gsforget.folder import WEIGHTS, sha256
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.material import gather
@@ -25,18 +25,21 @@ from gsforget.requests.target import Target, resolve_target
 from gsforget.tasks.base import Load, Measured, Plan, Seen
 from gsforget.tasks.classify.evidence import Figures
 from gsforget.tasks.classify.kind import EVAL_BATCH, ClassifyStudy
+from gsforget.tasks.face import model as models
+from gsforget.tasks.face.data import open_data, stranger_images, strangers
 from gsforget.tasks.face.evidence import GALLERY, FaceFigures, OpenSet, People, open_set
 from gsforget.tasks.face.losses import FaceForgetting
-from gsforget.tasks.face.model import FaceModel, build
+from gsforget.tasks.face.model import FaceModel
 from gsforget.tasks.face.source import open_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gsforget.audit.case import Ask, Devices
     from gsforget.source import Source
     from gsforget.training import Trained
 
-__all__ = ["build", "networks", "open_source", "open_study"]
+__all__ = ["audit", "build", "networks", "open_data", "open_source", "open_study"]
 
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
 NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verification next to never-seen people stands in their place"
@@ -50,6 +53,18 @@ def open_study(source: Source, data: ImageFolder, request: Request, load: Load, 
 def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
     """See `gsforget.tasks.base.Kind`."""
     return find_feed_forward(model, example)
+
+
+def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
+    """See `gsforget.tasks.base.Kind`."""
+    return models.build(architecture, model_kwargs, len(class_names))
+
+
+def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """See `gsforget.tasks.base.Kind`."""
+    from gsforget.tasks.face.audit import audit as of_faces
+
+    return of_faces(ask, devices, out, say)
 
 
 class FaceStudy(ClassifyStudy):
@@ -117,26 +132,15 @@ class FaceStudy(ClassifyStudy):
 
     def _never_seen(self) -> ImageSet:
         """Images of people whom the model never saw, from the test folder; labels count on from the model's people."""
-        folder = self.data.root / self.data.test_name
-        paths: list[Path] = []
-        labels: list[int] = []
-        for n, name in enumerate(self.request.never_seen):
-            if name in self.source.names:
-                raise RequestError(
-                    f"'{name}' is one of the people whom the model was trained on.",
-                    "Give --never-seen other folders.",
-                    "not_never_seen",
-                )
-            found = find_images([folder / name])
-            paths += found
-            labels += [len(self.source.names) + n] * len(found)
-        images = ImageSet(Split(paths, np.asarray(labels, np.int64)), self.load, self.request.skip_corrupt)
+        names = self.source.names
+        self.new = strangers(self.data, names, self.request.never_seen)
+        images = ImageSet(stranger_images(self.data, self.new, len(names)), self.load, self.request.skip_corrupt)
         images.check()
         return images
 
     def _counts(self) -> list[str]:
         """People with one test image, of whom no two can be compared."""
-        names = [*self.source.names, *self.request.never_seen]
+        names = [*self.source.names, *self.new]
         labels = np.concatenate([self.test.labels.numpy(), self.unseen.labels.numpy()])
         single = [names[k] for k in np.unique(labels) if (labels == k).sum() == 1]
         if not single:
@@ -197,7 +201,7 @@ class FaceStudy(ClassifyStudy):
             None,
             [self.source.names[k] for k in trained.chosen["forgotten_again"]],
         )
-        names = [*self.source.names, *self.request.never_seen]
+        names = [*self.source.names, *self.new]
         faces = FaceFigures(self.open_before, self._open_set(seen), names)
         summary = plain.summary()
         gallery, notes = self._next_gallery()
@@ -213,7 +217,7 @@ class FaceStudy(ClassifyStudy):
             sections={"task": "face", "face": section},
             not_tested=[*not_tested, *([] if gallery else [GALLERY])],
             warnings=plain.warnings(),
-            in_request={"task": "face"},
+            in_request={"task": "face", "never_seen": self.new},
             write=gallery,
         )
 
