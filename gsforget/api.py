@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from gsforget.audit.case import Ask
     from gsforget.data import ImageFolder
     from gsforget.forgetting import Outcome
     from gsforget.request import Request, Thresholds
@@ -43,6 +44,8 @@ def forget(
     reference: str | Path | None = None,
     never_seen: Sequence[str] = (),
     trust_code: bool = False,
+    task: str | None = None,
+    gallery: str | Path | None = None,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
@@ -64,6 +67,8 @@ def forget(
         method: "gs-lora" or "gs-lora++"; None: the default.
         reference: model folder of a model trained without the classes; needed for `max_probe_excess`.
         never_seen: instead of `reference`: class folders of the data that the model was never trained on.
+        task: "classify" or "face"; None: as the model folder says, else "classify".
+        gallery: of faces: a gallery made with the model; the run gets one of its own without the forgotten people.
         runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
 
     Returns:
@@ -85,6 +90,7 @@ def forget(
         architecture=architecture,
         trust_code=trust_code,
         never_seen=never_seen,
+        task=task,
     )
     request = _request(
         classes,
@@ -99,6 +105,7 @@ def forget(
         reference=reference,
         never_seen=never_seen,
         trust_code=trust_code,
+        gallery=gallery,
     )
     return forgetting.forget(
         source, folder, request, load, Path(runs) if runs else None, Path(out) if out else None, progress
@@ -116,6 +123,7 @@ def open_requests(
     preprocessing: dict[str, Any] | None = None,
     architecture: str | None = None,
     trust_code: bool = False,
+    task: str | None = None,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
     **options: Any,
@@ -144,6 +152,7 @@ def open_requests(
         architecture=architecture,
         trust_code=trust_code,
         never_seen=options.get("never_seen", ()),
+        task=task,
     )
     base = _request((), trust_code=trust_code, **options)
     return Course(source, folder, load, base, entries, Path(runs) if runs else None, Path(out) if out else None)
@@ -163,6 +172,7 @@ def _request(
     reference: str | Path | None = None,
     never_seen: Sequence[str] = (),
     trust_code: bool = False,
+    gallery: str | Path | None = None,
 ) -> Request:
     from gsforget.request import DEFAULT_METHOD, Request, Thresholds
     from gsforget.requests.images import read_image_list
@@ -181,6 +191,7 @@ def _request(
         images=read_image_list(Path(images)) if images else None,
         sample_mode=sample_mode,
         trust_code=trust_code,
+        gallery=Path(gallery) if gallery else None,
     )
 
 
@@ -195,31 +206,38 @@ def open_model_and_data(
     architecture: str | None = None,
     trust_code: bool = False,
     never_seen: Sequence[str] = (),
+    task: str | None = None,
 ) -> tuple[Source, ImageFolder, Callable[[Path], np.ndarray]]:
     """Load a model and list its images in the model's class order; arguments as for `forget`.
 
     Returns the source, the image folder, and the function that reads one image file for this model.
     """
-    from gsforget.data import scan
+    from dataclasses import replace
+
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.source import load_source
+    from gsforget.tasks import find_task
 
+    asked = find_task(task or "classify")
     if isinstance(model, (str, Path)):
         source = load_source(
             str(model),
             None
             if class_names or Path(model).is_dir()
-            else scan(data, None, missing_ok=True, never_seen=never_seen).class_names,
+            else asked.open_data(data, None, never_seen=never_seen).class_names,
             checkpoint=checkpoint,
             model_kwargs=model_kwargs,
             class_names=class_names,
             preprocessing=preprocessing,
             trust_code=trust_code,
+            task=task,
         )
     else:
-        names = class_names or scan(data, None, missing_ok=True, never_seen=never_seen).class_names
+        names = class_names or asked.open_data(data, None, never_seen=never_seen).class_names
         source = source_of_module(model, names, preprocessing or {}, architecture)
-    images = scan(data, source.names, optional=list(source.erased.values()), missing_ok=True, never_seen=never_seen)
+        source.config = replace(source.config, task=task or "classify")
+    kind = find_task(source.config.task)
+    images = kind.open_data(data, source.names, list(source.erased.values()), never_seen)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
 
 
@@ -289,6 +307,12 @@ def audit_model(
         skip_corrupt,
     )
     say = progress or (lambda _text: None)
+    of_task = _audit_of_task(ask)
+    if of_task is not None:
+        found = of_task(_Devices(), Path(out) if out else None, say)
+        if show:
+            show(plain(found))
+        return shown(found)
     say("opening the models")
     case = open_case(ask, _Devices())
     where = places(case, Path(out) if out else None)
@@ -298,6 +322,24 @@ def audit_model(
     if show:
         show(plain(document))
     return shown(document)
+
+
+def _audit_of_task(ask: Ask) -> Callable[..., dict[str, Any]] | None:
+    """The audit of a folder whose task is not classification; None for everything else, exported files included."""
+    from dataclasses import replace
+
+    from gsforget.folder import is_model_folder, read_config
+    from gsforget.runs import newest_run
+    from gsforget.tasks import find_task
+
+    target = ask.target or newest_run()
+    if not is_model_folder(target):
+        return None
+    task = read_config(target).task
+    if task == "classify":
+        return None
+    audit = find_task(task).audit
+    return lambda *rest: audit(replace(ask, target=target), *rest)
 
 
 class _Devices:

@@ -177,9 +177,9 @@ def build_model(config: ModelConfig, trust_code: bool = False) -> nn.Module:
                 "no_model",
             ) from error
         return build(**config.model_kwargs).eval()
-    from gsforget.models import create_timm
+    from gsforget.tasks import find_task
 
-    return create_timm(config.architecture, config.num_classes, config.model_kwargs).eval()
+    return find_task(config.task).build(config.architecture, config.model_kwargs, config.class_names)
 
 
 def load_model(folder: Path, trust_code: bool = False) -> tuple[nn.Module, ModelConfig]:

@@ -45,6 +45,7 @@ class Request:
         images: instead of `classes`: a list of images that holds all training images of one or several classes,
             or with `sample_mode` single images to forget while their classes are retained.
         trust_code: the reference may be built by code of its own.
+        gallery: of the task face: a gallery made with the model, from which the forgotten people are deleted.
         origin: id, date, requester and basis of a request file's entry; kept in request.json and nowhere else.
     """
 
@@ -61,6 +62,7 @@ class Request:
     images: ImageList | None = None
     sample_mode: bool = False
     trust_code: bool = False
+    gallery: Path | None = None
 
 
 def check_request(request: Request) -> None:

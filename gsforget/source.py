@@ -50,6 +50,7 @@ def load_source(
     class_names: list[str] | None = None,
     preprocessing: dict[str, Any] | None = None,
     trust_code: bool = False,
+    task: str | None = None,
 ) -> Source:
     """Load what `--model` and its companions name.
 
@@ -58,11 +59,16 @@ def load_source(
         data_classes: sorted class folders of the data; the index order where neither config nor `class_names` gives one.
         checkpoint: weights for a timm name; without it the hub's own weights are loaded.
         preprocessing: img_size, mean, std, crop_pct, interpolation given by the user; None entries are ignored.
+        task: what the model is for; None: as its folder says, else ``classify``.
 
     Raises:
-        RequestError: unknown model, weights that do not fit, wrong number of classes.
+        RequestError: unknown task, ``other_task`` where the folder is of another one; unknown model, weights that do
+            not fit, wrong number of classes.
         SafetyError: a pickle with code, or code of the user's without trust_code.
     """
+    from gsforget.tasks import find_task
+
+    kind = find_task(task or "classify")
     given = {k: v for k, v in (preprocessing or {}).items() if v is not None}
     path = Path(model)
     if path.is_dir():
@@ -72,7 +78,14 @@ def load_source(
                 "Leave them out, or give --model a timm name.",
                 "two_sources",
             )
-        return _from_folder(path, class_names, given, trust_code)
+        source = _from_folder(path, class_names, given, trust_code)
+        if task not in (None, source.config.task):
+            raise RequestError(
+                f"The model in {model} is of the task {source.config.task}, not {task}.",
+                f"Type --task {source.config.task}, or leave it out.",
+                "other_task",
+            )
+        return source
     if path.is_file():
         raise RequestError(
             f"--model {model} is a file.",
@@ -88,7 +101,7 @@ def load_source(
         raise RequestError(
             "The class names are not known.", "Give --class-names FILE, one name per line.", "no_class_names"
         )
-    return _from_timm(model, names, checkpoint, dict(model_kwargs or {}), given)
+    return kind.open_source(model, names, checkpoint, dict(model_kwargs or {}), given)
 
 
 def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any], trust_code: bool) -> Source:
@@ -135,9 +148,10 @@ def _override(config: ModelConfig, given: dict[str, Any]) -> ModelConfig:
     return replace(config, **fields)
 
 
-def _from_timm(
+def from_timm(
     name: str, names: list[str], checkpoint: Path | None, model_kwargs: dict[str, Any], given: dict[str, Any]
 ) -> Source:
+    """A classifier by its timm name; arguments as of `gsforget.tasks.base.Kind.open_source`."""
     from gsforget.checkpoint import apply_weights, read_weights
     from gsforget.models import create_timm, preprocessing_of
 

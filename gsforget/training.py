@@ -31,11 +31,8 @@ from gsforget.control import (
 from gsforget.data import available_memory
 from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
-from gsforget.features import FeatureTap, find_classifier
-from gsforget.gates import paired_drop
 from gsforget.graphs import Graphs
 from gsforget.kernels.group_prox import ProximalAdam
-from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
@@ -107,7 +104,7 @@ class Loop:
     ):
         """
         Args:
-            model: logits from images; on the device on which to train.
+            model: whatever the task makes of its images; on the device on which to train.
             material: what to learn from and to decide by.  Images of classes that earlier requests forgot are learned
                 from only where validation says that the model names their class again.
             progress: called with one small dict per step and per validation.
@@ -138,8 +135,8 @@ class Loop:
         self.batch_forget = min(forgotten, max(round(self.batch_retain * control.FORGET_SHARE), share, 1))
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
-        self.classifier = find_classifier(model, self.probe[:2]) if task.looks_at_features else None
-        networks = find_feed_forward(model, self.probe[:2])
+        self.read = task.reader(model, self.probe[:2])
+        networks = task.networks(model, self.probe[:2])
         forms = find_forms(model, networks, self.probe[:2])
         self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
@@ -149,6 +146,7 @@ class Loop:
         self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = StepLog(len(self.groups), self.device)
         self.graphs = Graphs.on(self.device, settings.cuda_graphs, self.adam.on_device)
+        self.parts: Seen | None = None  # of two images: which tensors there are, for those that a graph gives
         self.trained = Trained(self.groups, {})
 
     def run(self) -> Trained:
@@ -156,8 +154,9 @@ class Loop:
         before = self.seen_of(torch.arange(len(self.labels)))
         here = [x.to(self.device) for x in (self.forget, self.known)]
         self.objective = self.task.objective(before, self.labels, *here)
-        self.right_before = self.task.correct(before.outputs, self.labels)
-        self._forget_again(self._returned(self.right_before[self.earlier.val.to(self.device)].cpu()))
+        held = self.earlier.val.to(self.device)
+        named = self.objective.right(before.rows(held), held).cpu() if len(held) else torch.zeros(0, dtype=torch.bool)
+        self._forget_again(self._returned(named))
         forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
         processes.broadcast_(forces)
         target = self.settings.target_groups or default_target(len(self.groups))
@@ -241,7 +240,7 @@ class Loop:
         try:
             losses = self.objective.losses(self._see_to_train(rows), self._there(rows), self.stages.depth)
         except RuntimeError:  # of a solver, say, that was given no numbers: then the loss says so first
-            self._read()
+            self._read_log()
             raise
         if self.log.every == 1:
             self._check_finite(losses.total.item(), self.step)
@@ -257,7 +256,7 @@ class Loop:
         self.step += 1
         self.log.add(losses)
         if self.log.full or self.step % GLANCE_EVERY == 0:
-            self._read()
+            self._read_log()
 
     def _advance(self, warm: bool) -> None:
         """The proximal step, and what follows from it for the strength and for which groups are active."""
@@ -270,7 +269,7 @@ class Loop:
             g.active.logical_and_(~self.control.after_step(result, g.active))
         torch.cat([result.norms, g.active.double()], out=self.log.latest)
 
-    def _read(self) -> None:
+    def _read_log(self) -> None:
         """Let the host know the steps that it has not seen: dead groups leave training, and an error is said."""
         alive = self.alive
         for step in self.log.read(self.step):
@@ -293,15 +292,14 @@ class Loop:
             leaves,
             lambda: reuse.blanks(len(rows)) if reuse is not None else None,
         )
-        return Seen(tensors[0], tensors[1] if self.classifier is not None else torch.empty(0))
+        if self.parts is None:
+            with torch.no_grad():
+                self.parts = self.read(self.probe[:2])
+        return self.parts.with_tensors(tensors)
 
     def _tensors(self, given: Tensor) -> list[Tensor]:
         """What `_see` holds, of images or, where outputs are reused, of rows."""
-        run = self._outputs if self.reuse is not None else lambda images: as_logits(self.model(images))
-        if self.classifier is None:
-            return [run(given)]
-        with FeatureTap(self.model, self.classifier) as tap:
-            return [run(given), tap.features]
+        return (self.read(given) if self.reuse is None else self._run(given)).tensors
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
@@ -358,28 +356,25 @@ class Loop:
 
     def _see(self, rows: Tensor) -> Seen:
         """What the model makes of images; of several processes each computes a share, and all get the whole."""
-        if self.classifier is None:
-            (outputs,) = processes.gather_rows(lambda share: [self._outputs(share)], rows)
-            return Seen(outputs, torch.empty(0))
-        outputs, features = processes.gather_rows(self._outputs_and_features, rows)
-        return Seen(outputs, features)
+        mine: list[Seen] = []
 
-    def _outputs_and_features(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.classifier is not None
-        with FeatureTap(self.model, self.classifier) as tap:
-            return self._outputs(rows), tap.features
+        def read(share: Tensor) -> list[Tensor]:
+            mine.append(self._run(share))
+            return mine[0].tensors
 
-    def _outputs(self, rows: Tensor) -> Tensor:
+        tensors = processes.gather_rows(read, rows)
+        return mine[0].with_tensors(tensors)
+
+    def _run(self, rows: Tensor) -> Seen:
         if self.reuse is None:
-            return as_logits(self.model(self._images(rows)))
+            return self.read(self._images(rows))
         with self.reuse.images(rows):
-            return as_logits(self.model(self.reuse.blank_input(self.probe, len(rows))))
+            return self.read(self.reuse.blank_input(self.probe, len(rows)))
 
     @torch.no_grad()
     def seen_of(self, rows: Tensor) -> Seen:
-        """What the model makes of rows of the images, float32: outputs [len(rows), K] and features [len(rows), d]."""
-        pieces = [self._see(piece) for piece in rows.split(EVAL_BATCH)]
-        return Seen(torch.cat([p.outputs.float() for p in pieces]), torch.cat([p.features.float() for p in pieces]))
+        """What the model makes of rows of the images, float32, each tensor [len(rows), …]."""
+        return Seen.joined([self._see(piece) for piece in rows.split(EVAL_BATCH)])
 
     def _draw(self, name: str, count: int) -> Tensor:
         """The next rows of a pool, each once per pass, in a fresh order in every pass."""
@@ -418,17 +413,9 @@ class Loop:
     def _validate(
         self, rows: Tensor, old: float | None = None, returned: Sequence[int] = (), leak: float | None = None
     ) -> Watch:
-        right, before, forget = self._right(rows), self.right_before[rows.to(self.device)].cpu(), self.forget[rows]
-        accuracies = (_percent(right[forget]), _percent(right[~forget]), _percent(before[~forget]))
-        watch = Watch(
-            self.step,
-            *accuracies,
-            *_drop_bounds(before[~forget], right[~forget]),
-            self._alive(),
-            old,
-            list(returned),
-            leak,
-        )
+        score = self.objective.score(self.seen_of(rows), rows.to(self.device))
+        figures = score.forget, score.retain, score.retain_before, score.drop_bound, score.drop_most
+        watch = Watch(self.step, *figures, self._alive(), old, list(returned), leak)
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
 
@@ -436,7 +423,7 @@ class Loop:
         """Which images the model answers rightly now, bool [len(rows)], on the CPU."""
         if not len(rows):
             return torch.zeros(0, dtype=torch.bool)
-        return self.task.correct(self.seen_of(rows).outputs, self.labels[rows.to(self.device)]).cpu()
+        return self.objective.right(self.seen_of(rows), rows.to(self.device)).cpu()
 
     def _leak(self) -> float | None:
         """Percent of validation images to forget whose class a fresh probe names in the features; None without a look."""
@@ -469,15 +456,8 @@ class Loop:
     def _catch_up(self) -> None:
         """At the end of a stage the host knows and tells everything."""
         if self.log.unread:
-            self._read()
+            self._read_log()
             self._tell()
-
-
-def _drop_bounds(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:
-    """One-sided 95 % bounds of a loss of accuracy in points, from bool [N] and bool [N]; None without images."""
-    if not len(before):
-        return None, None
-    return paired_drop(before.numpy(), after.numpy())[1], -paired_drop(after.numpy(), before.numpy())[1]
 
 
 def _percent(flags: Tensor) -> float | None:

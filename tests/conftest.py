@@ -169,3 +169,16 @@ def first_run(world, tmp_path_factory):
     """(folder in which it was typed, result) of `forget --classes bee` with the defaults; read-only."""
     cwd = tmp_path_factory.mktemp("first")
     return cwd, run_in(cwd, "forget", "--model", world.model, "--data", world.data, "--classes", "bee")
+
+
+@pytest.fixture(scope="session")
+def face_world(tmp_path_factory):
+    """Five people and two that the model never saw, see `tests/face_world.py`; read-only."""
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location("face_world", Path(__file__).with_name("face_world.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.make_face_world(tmp_path_factory.mktemp("faces"))

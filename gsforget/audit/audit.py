@@ -216,7 +216,7 @@ def _document(
         "seed": case.ask.seed,
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": round(seconds, 2),
-        "versions": _versions(),
+        "versions": versions(),
         "device": str(case.device),
         "classes": outputs.class_rows(e),
         "audited": case.audited,
@@ -236,7 +236,8 @@ def _reference(case: Case) -> dict[str, Any] | None:
     return None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that compute."""
     from importlib import metadata
 
     found = {"python": platform.python_version(), "numpy": np.__version__}

@@ -26,6 +26,9 @@ class Backend(StrEnum):
     rtx = "rtx"
 
 
+OF_CLASSES = ("same top-1", "forgotten acc", "retained acc")  # columns of classifiers
+
+
 def export(
     run: Annotated[
         Path | None,
@@ -135,10 +138,12 @@ def export(
         say(f"{error.message} {error.hint}")
         emit_json({"artifacts": {}, "verdict": "fail", **error.to_json()})
         raise typer.Exit(error.exit_status) from error
+    faces = any("min_cosine" in a["parity"] for a in made["artifacts"])
+    compared = ("least cosine", "forgotten TAR", "retained TAR") if faces else OF_CLASSES
     table(
-        ("artifact", "size", "precision", "GPUs", "max diff", "same top-1", "forgotten acc", "retained acc"),
+        ("artifact", "size", "precision", "GPUs", "max diff", *compared),
         map(_row, made["artifacts"]),
-        numbers=("size", "max diff", "same top-1", "forgotten acc", "retained acc"),
+        numbers=("size", "max diff", *compared),
     )
     for package in _packages(made):
         _tell_package(package)
@@ -213,12 +218,17 @@ def _tell_triton(triton: dict[str, Any]) -> None:
 
 def _row(artifact: dict[str, Any]) -> tuple[str, ...]:
     parity = artifact["parity"]
-    percent = ("top1_agreement", "forget_acc", "retain_acc")
+    if "min_cosine" in parity:
+        percent: tuple[str, ...] = ("forget_tar", "retain_tar")
+        first = [f"{parity['min_cosine']:.6f}"]
+    else:
+        percent, first = ("top1_agreement", "forget_acc", "retain_acc"), []
     return (
         artifact["path"],
         f"{artifact['bytes'] / 1e6:.1f} MB",
         artifact["precision"],
         " ".join(artifact["targets"]) or "any",
         "-" if parity["max_abs_diff"] is None else f"{parity['max_abs_diff']:.1e}",
+        *first,
         *("-" if parity[k] is None else f"{parity[k]:.1f} %" for k in percent),
     )

@@ -58,7 +58,7 @@ def forget(
     std: Annotated[str | None, Opt(help="Per channel.")] = None,
     crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
     interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
-    task: Annotated[str, Opt(help="classify.")] = "classify",
+    task: Annotated[str | None, Opt(help="classify or face; default: as the model folder says, else classify.")] = None,
     method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
@@ -77,6 +77,9 @@ def forget(
     ] = None,
     reference: Annotated[Path | None, Opt(help="Model folder trained without the classes, to compare with.")] = None,
     never_seen: Annotated[str, Opt(help="Or classes that the model was never trained on, comma-separated.")] = "",
+    gallery: Annotated[
+        Path | None, Opt(help="Faces: a gallery made with the model; the run gets one without the forgotten people.")
+    ] = None,
     seed: Annotated[int, Opt(help="Same seed, same machine: same weights.")] = 0,
     skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
@@ -90,10 +93,11 @@ def forget(
     from gsforget.cli.progress import ForgetProgress
     from gsforget.errors import RequestError
     from gsforget.request import Thresholds, check_method
+    from gsforget.tasks import find_task
     from gsforget.training import Settings
 
-    if task != "classify":
-        raise RequestError(f"There is no task {task!r}.", "Type --task classify.", "unknown_task")
+    if task is not None:
+        find_task(task)
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
     numbers: dict[str, Any] = {
@@ -128,6 +132,8 @@ def forget(
         "reference": reference,
         "never_seen": parse_list(never_seen, "--never-seen"),
         "trust_code": trust_code,
+        "task": task,
+        "gallery": gallery,
         "out": out,
     }
     if request is not None:
@@ -211,6 +217,10 @@ def show(outcome: Any) -> None:
         show_membership(document["sample"])
     if metrics["audit"]:
         show_probes(metrics["audit"])
+    if "face" in document:
+        from gsforget.cli.faces import show_faces
+
+        show_faces(document["face"])
     h_mean = "" if s["h_mean"] is None else f"H-mean {s['h_mean']:.1f} · "
     seconds = document["seconds"]
     say(
@@ -218,8 +228,9 @@ def show(outcome: Any) -> None:
         f" · merged against LoRA: largest logit difference {metrics['merge']['max_logit_difference']:.1e}"
     )
     c = metrics["chosen"]
+    bound = f"bound {c['bnd']:.2f} nats, " if "bnd" in c else ""
     say(
-        f"Chosen: bound {c['bnd']:.2f} nats, at most {c['target_groups']} blocks, group penalty {c['prox_first']:.1e} at first, "
+        f"Chosen: {bound}at most {c['target_groups']} blocks, group penalty {c['prox_first']:.1e} at first, "
         f"{c['steps_select']} steps of selection and {c['steps'] - c['steps_select']} of settling in {c['stages']} stage(s), "
         f"{c['batch_retain']} retained and {c['batch_forget']} forgotten images a step, rank {c['rank']}, step size {c['lr']:g}."
     )
@@ -234,7 +245,7 @@ def show(outcome: Any) -> None:
     for warning in document["warnings"]:
         say(f"Warning: {warning}")
     if outcome.passed:
-        what = "images" if "sample" in document else "classes"
+        what = "images" if "sample" in document else "people" if "face" in document else "classes"
         say(f"Passed. The model without these {what} is in {outcome.folder}.{_unjudged(outcome)}")
     else:
         say(f"Failed: no model was published; the reports are in {outcome.folder}.")
@@ -244,7 +255,11 @@ def show(outcome: Any) -> None:
 
 def _unjudged(outcome: Any) -> str:
     """A sentence where nothing says whether the features forgot as well; the command, where it could tell."""
-    if "sample" in outcome.document or outcome.document["audit"]["linear_probe_excess"] is not None:
+    if (
+        "sample" in outcome.document
+        or "face" in outcome.document
+        or outcome.document["audit"]["linear_probe_excess"] is not None
+    ):
         return ""
     measured = outcome.metrics["audit"]
     said = " Its answers were judged, its features were not"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,16 +33,31 @@ def infer(
             help="Answer each image that arrives in a folder, until Ctrl-C; lines go to FOLDER/predictions.jsonl.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 5,
+    gallery: Annotated[
+        Path | None,
+        typer.Option("--gallery", metavar="FILE", help="Faces: whom to look for; without it, two images are compared."),
+    ] = None,
+    enroll: Annotated[
+        Path | None,
+        typer.Option(
+            "--enroll", metavar="DIR", help="Faces: write --gallery, from a folder of images per person in DIR."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes, or people, per image.")] = 5,
     device: DeviceOption = Device.auto,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify images; a forgotten class is never returned."""
+    """Classify images, or identify and compare faces; a forgotten class is never returned."""
     from gsforget.errors import RequestError
     from gsforget.export.device.infer import classify, find_images
 
+    if enroll is not None or gallery is not None:
+        from gsforget.cli.faces import infer_faces
+
+        infer_faces(model, images or [], gallery, enroll, top, device, trust_code, as_json)
+        return
     if (watch is None) != bool(images):
         raise RequestError(
             "Images are named, or a folder is watched.",
@@ -52,7 +68,13 @@ def infer(
         _watch(model, Path(str(watch)), top, device)
         return
     paths = find_images(images)
-    predictor, preprocess, forgotten, names = load(model, device, trust_code)
+    opened = load(model, device, trust_code)
+    if opened.task == "face":
+        from gsforget.cli.faces import compare_faces
+
+        compare_faces(opened, model, paths, as_json)
+        return
+    predictor, preprocess, forgotten, names = opened.predictor, opened.preprocess, opened.forgotten, opened.class_names
     found = classify(
         predictor,
         preprocess,
@@ -89,24 +111,45 @@ def _watch(model: Path, folder: Path, top: int, device: str) -> None:
     )
 
 
-def load(model: Path, device: str, trust_code: bool) -> tuple[Predicts, Preprocess, tuple[int, ...], list[str]]:
+@dataclass(frozen=True)
+class Opened:
+    """What answers, and how to use it.
+
+    Attributes:
+        hashes: SHA-256 of the model: of the file, and of the weights that it was made from where they are known.
+    """
+
+    predictor: Predicts
+    preprocess: Preprocess
+    forgotten: tuple[int, ...]
+    class_names: list[str]
+    task: str
+    hashes: list[str]
+
+
+def load(model: Path, device: str, trust_code: bool) -> Opened:
     """The predictor of a model folder (torch), or of an artifact or device folder (its runtime), and how to use it."""
     from gsforget.export.device.store import is_device_folder
 
     on_device = is_device_folder(model)
     if on_device or not model.is_dir():
         from gsforget.export.device.apply import open_device
+        from gsforget.export.device.metadata import read_sidecar
         from gsforget.export.device.runtime import open_model
 
         artifact = open_device(model, device) if on_device else open_model(model, device)
-        return artifact, artifact.info.preprocess, artifact.info.forgotten, artifact.info.class_names
+        source = (read_sidecar(artifact.path) or {}).get("source_sha256")
+        hashes = [artifact.sha256, *([str(source)] if source else [])]
+        info = artifact.info
+        return Opened(artifact, info.preprocess, info.forgotten, info.class_names, info.task, hashes)
     from gsforget.export.device.preprocess import Preprocess
-    from gsforget.folder import load_model
+    from gsforget.folder import WEIGHTS, load_model, sha256
     from gsforget.predict import TorchPredictor, pick_device
 
     network, config = load_model(model, trust_code)
     predictor = TorchPredictor(network, pick_device(device))
-    return predictor, Preprocess.from_dict(config.to_json()), config.forgotten, config.class_names
+    preprocess = Preprocess.from_dict(config.to_json())
+    return Opened(predictor, preprocess, config.forgotten, config.class_names, config.task, [sha256(model / WEIGHTS)])
 
 
 def _row(image: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.folder import write_file
-from gsforget.report import details, facts, pictures, tables, verdict
+from gsforget.report import details, faces, facts, pictures, tables, verdict
 from gsforget.report.markup import Html, moment, plural, tag
 from gsforget.report.pictures import Example
 from gsforget.report.privacy import clean, mask_name
@@ -85,6 +85,8 @@ def _sections(
     audit: dict[str, Any], history: list[dict[str, Any]], shown: Sequence[Example]
 ) -> list[tuple[str, str, Html]]:
     """(anchor, title, content) in reading order."""
+    if audit.get("task") == "face":
+        return _of_faces(audit, history)
     made = [
         ("verdict", "Verdict", verdict.section(audit, history)),
         ("before-and-after", "Before and after", tables.before_and_after(audit)),
@@ -104,3 +106,22 @@ def _sections(
     ]
     left_out = {"examples": not shown, "every-class": not tables.is_long(audit)}
     return [section for section in made if not left_out.get(section[0])]
+
+
+def _of_faces(audit: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple[str, str, Html]]:
+    """Sections of a face model, whose answers are embeddings."""
+    made = [
+        ("verdict", "Verdict", verdict.section(audit, history)),
+        ("verification", "Does the person still verify?", faces.verification(audit)),
+        ("misattribution", "Whom a forgotten person is taken for", faces.mistaken(audit)),
+        ("gallery", "Galleries and templates", faces.gallery()),
+        ("checks", "The checks", tables.checks(audit)),
+        ("before-and-after", "The training head, before and after", tables.before_and_after(audit)),
+        ("requests", "Requests, and where the model changed", details.requests(history)),
+        ("not-tested", "What was not tested", facts.not_tested(audit)),
+        ("threats", "Threat model and limits", facts.threat_model(audit)),
+        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+        ("every-class", "Every person", tables.every_class(audit) if tables.is_long(audit) else Html()),
+        ("glossary", "Glossary", facts.glossary()),
+    ]
+    return [section for section in made if section[0] != "every-class" or tables.is_long(audit)]

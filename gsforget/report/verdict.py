@@ -12,7 +12,7 @@ from gsforget.report.markup import Html, listed, measured, number, plural, tag, 
 STRANDS = (
     ("recovery", ("relearn", "interpol")),
     ("membership", ("mia", "member", "tpr")),
-    ("features", ("probe", "proto", "mean", "shot", "knn", "feature", "cka", "separab")),
+    ("features", ("probe", "proto", "mean", "shot", "knn", "feature", "cka", "separab", "forget_tar")),
     ("answers", ("forget", "old", "rank", "misattr", "answer")),
     ("kept", ("drop", "retain", "neighbour", "churn", "worst", "kept")),
 )

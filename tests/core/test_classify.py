@@ -20,6 +20,7 @@ from gsforget.tasks.classify import (
     ClassificationObjective,
     default_bound,
 )
+from gsforget.tasks.classify.answers import correct
 
 torch.set_num_threads(1)
 
@@ -108,9 +109,8 @@ def test_default_bound(classes):
 
 
 def test_correct_is_by_unmasked_logits():
-    task = Classification(3, (0,))
     outputs = torch.tensor([[9.0, 1, 0], [0, 1, 9.0]])
-    assert task.correct(outputs, torch.tensor([0, 1])).tolist() == [True, False]
+    assert correct(outputs, torch.tensor([0, 1])).tolist() == [True, False]
 
 
 def gs_lora_pp(features, labels, forget, method="gs-lora++", **options):

@@ -13,7 +13,7 @@ from gsforget.errors import RequestError
 from gsforget.gates import evaluate_gates, retention_gates
 from gsforget.samples import Answers, auc_noise, copies_in_test, judge, set_aside
 from gsforget.tasks.base import Seen
-from gsforget.tasks.samples import SingleImages, held_out_levels, soften, true_loss
+from gsforget.tasks.classify.samples import SingleImages, held_out_levels, soften, true_loss
 
 
 @given(st.integers(0, 1000), st.floats(0.001, 8))

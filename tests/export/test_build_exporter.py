@@ -96,7 +96,7 @@ def test_a_tampered_onnx_fails_the_parity_gate(run, tmp_path):
     artifact = open_model(tmp_path / "tampered.onnx", "cpu")
     found, peak, _ = parity.evaluate(TorchPredictor(model), artifact, artifact.info.preprocess, "fp32", None)
     with pytest.raises(GateError, match="does not answer as the model does"):
-        parity.check(found, peak, "fp32", "tampered.onnx")
+        parity.check_parity(found, peak, "fp32", "tampered.onnx")
     assert config.sequence == 1
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
+from gsforget.export.build.kinds import Comparison, find_kind
 from gsforget.export.build.place import Repository, find_place
 from gsforget.folder import WEIGHTS, ModelConfig, load_model, sha256
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.export.build.chain import ChainInfo
-    from gsforget.export.build.parity import Samples
     from gsforget.export.build.step import Step
     from gsforget.export.device.metadata import ArtifactInfo
     from gsforget.export.device.runtime import OnnxPredictor
@@ -170,6 +170,7 @@ class Export:
         self.model: nn.Module
         self.config: ModelConfig
         self.model, self.config = load_model(folder, trust_code)
+        self.kind = find_kind(self.config.task)
         of_state = "fp32" if precision == "int8" else precision
         state, chain = weights_at(folder, of_state)
         self.chain: ChainInfo = chain
@@ -178,7 +179,7 @@ class Export:
         self.info = self._info(model_id(folder), "features" if with_features else None)
         self.step: Step | None = None
         self.data: Path | None = None
-        self.samples: Samples | None = None
+        self.samples: Any | None = None
         self.measured_on = ""
         self.not_tested: list[str] = []
         self.made: list[Made] = []
@@ -195,13 +196,20 @@ class Export:
         preprocess = Preprocess.from_dict(self.config.to_json())
         c = self.config
         return ArtifactInfo(
-            c.class_names, tuple(c.forgotten), c.sequence, preprocess, self.precision, chain_id, features_name=features
+            c.class_names,
+            tuple(c.forgotten),
+            c.sequence,
+            preprocess,
+            self.precision,
+            chain_id,
+            output_name=self.kind.OUTPUT,
+            features_name=features,
+            task=c.task,
+            more_names=self.kind.MORE,
         )
 
     def find_data(self, given: Path | None) -> None:
         """The images to measure on: those given, else those of the run where they still are."""
-        from gsforget.export.build.parity import find_samples
-
         stored = Path(self.request["data"]) if self.request.get("data") else None
         self.data = data = given or (stored if stored and stored.is_dir() else None)
         if data is None:
@@ -209,7 +217,7 @@ class Export:
                 "accuracies of the artifact: no images were given with --data; parity is on seeded noise"
             )
             return
-        self.samples = find_samples(data, *self._classes(), self.config.forgotten)
+        self.samples = self.kind.find_samples(data, *self._classes(), self.config.forgotten)
 
     def _classes(self) -> tuple[list[str], list[str]]:
         """Folder names in index order, and those of them that were erased."""
@@ -247,11 +255,11 @@ class Export:
         from gsforget.export.build.trt import erasable
 
         self.progress("writing ONNX")
-        unused = export_onnx(self.model, self.state, info, path)
+        unused = export_onnx(self.kind.traced(self.model), self.state, info, path)
         if unused:
             self.not_tested.append(f"parameters that the model never uses are not in the artifact: {', '.join(unused)}")
         files = {p.name: sha256(p) for p in data_files(path)}
-        extra = {"erasable": erasable(self.model, self.info.preprocess.input_size)}
+        extra = {"erasable": erasable(self.model, self.info.preprocess.input_size, self.info.task)}
         return {**extra, "data_files": files} if files else extra
 
     def _write_int8(self, scratch: Path) -> None:
@@ -265,7 +273,10 @@ class Export:
         else:
             self.progress("taking the erasure into the int8 file before it, with its scales")
             kept, self.chain = int8.write_next(self.step, self.info, path)
-            extra = {"erasable": erasable(self.model, self.info.preprocess.input_size), "erasure_kept": kept}
+            extra = {
+                "erasable": erasable(self.model, self.info.preprocess.input_size, self.info.task),
+                "erasure_kept": kept,
+            }
         self.made.append(Made(path, "onnx", [], extra))
 
     def _calibrate(self, path: Path) -> dict[str, Any]:
@@ -309,22 +320,13 @@ class Export:
 
     def check(self) -> None:
         """Parity of the ONNX file with the model, and the run's gates on the file itself."""
-        from gsforget.export.build import parity
-        from gsforget.predict import TorchPredictor
-
         self.progress("comparing the artifact with the model")
         onnx_file = self.made[0].path
-        predictor, self.measured_on = open_at(onnx_file, self.precision, onnx_file.parent)
-        reference = TorchPredictor(self.model)
-        measured = parity.evaluate(reference, predictor, self.info.preprocess, self.precision, self.samples)
-        self.parity, peak, right = measured
-        parity.check(self.parity, peak, self.precision, onnx_file.name)
-        if self.info.features_name:
-            self.parity |= parity.check_features(
-                self.model, predictor, self.info.preprocess, self.precision, self.samples, onnx_file.name
-            )
-        if right is not None and self.samples is not None and self.request:
-            parity.check_forgotten(right, self.samples, self.request.get("thresholds", {}), onnx_file.name)
+        artifact, self.measured_on = open_at(onnx_file, self.precision, onnx_file.parent)
+        thresholds = self.request.get("thresholds", {}) if self.request else None
+        self.parity = self.kind.check(
+            Comparison(self.model, artifact, self.info, self.samples, thresholds, onnx_file.name)
+        )
 
     def write_engine(self, scratch: Path, plan: Any, batch: tuple[int, int, int]) -> None:
         from gsforget.export.device.builder import build_engine

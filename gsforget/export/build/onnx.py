@@ -35,10 +35,11 @@ def export_onnx(
     opset: int = OPSET,
     external_from: int = EXTERNAL_FROM,
 ) -> list[str]:
-    """Write a classifier as ONNX with a dynamic batch dimension.
+    """Write a model as ONNX with a dynamic batch dimension.
 
     Args:
-        model: in eval mode on the CPU, float32; returns logits, or an object that carries them.
+        model: in eval mode on the CPU, float32; returns logits (or an embedding), or an object that carries them; with
+            ``more_names`` in `info` a tuple of all outputs.
         state: what the initializers must hold: the model's state dict, at the precision of ``info`` (``fp32``, ``fp16``
             or ``bf16``; at half precision the graph computes in it, input and logits stay float32).
         info: goes into the file's metadata; names the input and the outputs and gives the image size.  With a
@@ -141,11 +142,15 @@ def _trace(model: nn.Module, info: ArtifactInfo, opset: int) -> ir.Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _Outputs.around(model, classifier),
+                _Outputs.around(model, classifier, bool(info.more_names)),
                 (example,),
                 dynamo=True,
                 input_names=[info.input_name],
-                output_names=[info.output_name, *([info.features_name] if info.features_name else [])],
+                output_names=[
+                    info.output_name,
+                    *info.more_names,
+                    *([info.features_name] if info.features_name else []),
+                ],
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 optimize=False,
@@ -168,7 +173,7 @@ def _trace(model: nn.Module, info: ArtifactInfo, opset: int) -> ir.Model:
 
 
 class _Outputs:
-    """A module that returns just the logits of another one, and its features where they are asked for.
+    """A module that returns just the logits of another one, its features where they are asked for, or all that it returns.
 
     The names of the other one then carry a known prefix.
     """
@@ -176,7 +181,7 @@ class _Outputs:
     PREFIX = "wrapped_classifier."
 
     @staticmethod
-    def around(model: nn.Module, classifier: str | None = None) -> nn.Module:
+    def around(model: nn.Module, classifier: str | None = None, several: bool = False) -> nn.Module:
         from torch import nn
 
         from gsforget.features import FeatureTap
@@ -187,7 +192,9 @@ class _Outputs:
                 super().__init__()
                 self.wrapped_classifier = model
 
-            def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+                if several:
+                    return tuple(self.wrapped_classifier(images))
                 if classifier is None:
                     return as_logits(self.wrapped_classifier(images))
                 with FeatureTap(self.wrapped_classifier, classifier) as tap:

@@ -15,10 +15,13 @@ from gsforget.errors import GateError, RequestError
 if TYPE_CHECKING:
     from torch import nn
 
+    from gsforget.export.build.kinds import Comparison
     from gsforget.export.device.infer import Predicts
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.export.device.runtime import Predictor
 
+OUTPUT = "logits"  # of an exported classifier, see `kinds`
+MORE: tuple[str, ...] = ()
 BATCH = 64
 SYNTHETIC = 32  # images
 # Gates of `forget`, in the order that ``evaluate_gates`` takes them, where a run states none.
@@ -87,7 +90,27 @@ def compare(reference_logits: np.ndarray, artifact_logits: np.ndarray, tie: floa
     }
 
 
-def check(parity: dict[str, Any], peak: float, precision: str, where: str) -> None:
+def traced(model: nn.Module) -> nn.Module:
+    """The classifier itself."""
+    return model
+
+
+def check(c: Comparison) -> dict[str, Any]:
+    """Parity of an artifact with the model, and the run's gates on the file itself; see `kinds.ExportKind`."""
+    from gsforget.predict import TorchPredictor
+
+    info = c.info
+    measured = evaluate(TorchPredictor(c.model), c.artifact, info.preprocess, info.precision, c.samples)
+    parity, peak, right = measured
+    check_parity(parity, peak, info.precision, c.where)
+    if info.features_name:
+        parity |= check_features(c.model, c.artifact, info.preprocess, info.precision, c.samples, c.where)
+    if right is not None and c.samples is not None and c.thresholds is not None:
+        check_forgotten(right, c.samples, c.thresholds, c.where)
+    return parity
+
+
+def check_parity(parity: dict[str, Any], peak: float, precision: str, where: str) -> None:
     """Raise GateError (kind ``parity``) where an artifact differs from the model by more than ``TOLERANCES`` allow."""
     allowed = TOLERANCES[precision]
     limit = max(allowed.absolute, allowed.relative * peak)
@@ -118,7 +141,7 @@ def evaluate(
         others; None where there are no images), the reference's largest absolute logit, and whether the reference and
         the artifact are right, bool [N] each (None without samples).
     """
-    pairs = [(reference.predict(b), artifact.predict(b)) for b in _batches(preprocess, samples)]
+    pairs = [(reference.predict(b), artifact.predict(b)) for b in batches(preprocess, samples)]
     wanted, found = (np.concatenate(part) for part in zip(*pairs, strict=True))
     peak = max(1.0, float(np.abs(wanted).max()))
     parity: dict[str, Any] = compare(wanted, found, TOLERANCES[precision].tie * peak)
@@ -146,10 +169,10 @@ def check_features(
 
     from gsforget.features import features_and_logits, find_classifier
 
-    batches = list(itertools.islice(_batches(preprocess, samples), 4))
-    classifier = find_classifier(model, torch.from_numpy(batches[0]))
+    some = list(itertools.islice(batches(preprocess, samples), 4))
+    classifier = find_classifier(model, torch.from_numpy(some[0]))
     largest = peak = 0.0
-    for batch in batches:
+    for batch in some:
         wanted = features_and_logits(model, classifier, torch.from_numpy(batch))[0].numpy()
         found = artifact.features(batch)
         same = found is not None and found.shape == wanted.shape
@@ -222,7 +245,7 @@ def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Seq
     return Samples(test.paths, np.asarray(test.labels), forgotten)
 
 
-def _batches(preprocess: Preprocess, samples: Samples | None):
+def batches(preprocess: Preprocess, samples: Samples | None):
     """Batches of different sizes on purpose: a batch dimension frozen at export would show."""
     if samples is None:
         noise = np.random.default_rng(0).standard_normal((SYNTHETIC, *preprocess.input_size)).astype(np.float32)

@@ -33,6 +33,8 @@ class ArtifactInfo:
         model_id: which chain of erasures the artifact belongs to.
         input_name, output_name: of the images [N, C, H, W] and the logits [N, K].
         features_name: of a second output, what the classifier reads, [N, d]; None where the artifact has none.
+        task: what its outputs are: of ``classify`` logits [N, K], of ``face`` an embedding [N, d], …
+        more_names: of further outputs of the task, each [N, …].
     """
 
     class_names: list[str]
@@ -44,6 +46,8 @@ class ArtifactInfo:
     input_name: str = "images"
     output_name: str = "logits"
     features_name: str | None = None
+    task: str = "classify"
+    more_names: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,6 +61,8 @@ class ArtifactInfo:
             "input_name": self.input_name,
             "output_name": self.output_name,
             **({"features_name": self.features_name} if self.features_name else {}),
+            **({"task": self.task} if self.task != "classify" else {}),
+            **({"more_names": list(self.more_names)} if self.more_names else {}),
         }
 
     @classmethod
@@ -79,6 +85,8 @@ class ArtifactInfo:
                 input_name=str(raw.get("input_name", "images")),
                 output_name=str(raw.get("output_name", "logits")),
                 features_name=str(raw["features_name"]) if raw.get("features_name") else None,
+                task=str(raw.get("task", "classify")),
+                more_names=tuple(str(name) for name in raw.get("more_names", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(

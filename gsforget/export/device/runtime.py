@@ -119,6 +119,11 @@ class OnnxPredictor:
         features, logits = self._run(batch, [self.info.features_name, self.info.output_name])
         return features, logits
 
+    def outputs(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """All outputs of the task by name in one run, float32, each [N, …]."""
+        names = [self.info.output_name, *self.info.more_names]
+        return dict(zip(names, self._run(batch, names), strict=True))
+
     def _run(self, batch: np.ndarray, names: list[str]) -> list[np.ndarray]:
         wanted = self.info.preprocess.input_size
         if batch.ndim != 4 or batch.shape[1:] != wanted:
@@ -225,7 +230,7 @@ def _input_dtype(session: Any, info: ArtifactInfo, path: Path) -> type[np.floati
     inputs = {i.name: i.type for i in session.get_inputs()}
     outputs = [o.name for o in session.get_outputs()]
     dtypes: dict[str | None, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    named = [n for n in (info.output_name, info.features_name) if n]
+    named = [n for n in (info.output_name, info.features_name, *info.more_names) if n]
     if list(inputs) != [info.input_name] or not set(named) <= set(outputs) or inputs[info.input_name] not in dtypes:
         said = " and ".join(repr(n) for n in (info.input_name, *named))
         raise RequestError(

@@ -33,7 +33,14 @@ class Source:
     def load(self) -> Predictor:
         """The newest model, after finishing what was begun.  Raises as ``open_device`` and ``open_model`` do."""
         self._seen = self._mark()
-        return open_device(self.path, self.device) if self.is_folder else open_model(self.path, self.device)
+        found = open_device(self.path, self.device) if self.is_folder else open_model(self.path, self.device)
+        if found.info.task != "classify":
+            raise RequestError(
+                f"{self.path} is a model of the task {found.info.task}, and servers answer for classifiers.",
+                f"Type gsforget infer {self.path} IMAGE.",
+                "not_served",
+            )
+        return found
 
     def follow(self, slot: Slot) -> bool:
         """Where another process has changed the device folder, put the new model into a slot; returns whether it did.

@@ -12,10 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gsforget.tasks.base import Losses, Seen
+from gsforget.lora.blocks import FeedForward, find_feed_forward
+from gsforget.tasks.base import Losses, Reader, Score, Seen
+from gsforget.tasks.classify.answers import correct, logits_reader, score
 
 SMALLEST = 1e-6  # probability left to the other classes together, and to the true one
 
@@ -35,13 +37,17 @@ class SingleImages:
     erased: tuple[int, ...] = ()
     name: str = "classify"
 
-    @property
-    def looks_at_features(self) -> bool:
-        return False
+    def networks(self, model: nn.Module, example: Tensor) -> list[FeedForward]:
+        return find_feed_forward(model, example)
+
+    def reader(self, model: nn.Module, example: Tensor) -> Reader:
+        del example
+        return logits_reader(model)
 
     def objective(self, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> SingleImagesObjective:
         """Fix targets from the model before the request: its own answers, softened where `forget` (bool [N]) says so."""
         del train
+        right = correct(before.outputs, labels)
         targets = self._masked(before.outputs)
         held = self._masked(self.held_out.to(targets.device))
         known = self.held_out_labels.to(targets.device)
@@ -49,10 +55,7 @@ class SingleImages:
             true_loss(targets[forget], labels[forget]), labels[forget], true_loss(held, known), known
         )
         targets[forget] = soften(targets[forget], labels[forget], losses)
-        return SingleImagesObjective(targets, forget)
-
-    def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return outputs.argmax(1) == labels
+        return SingleImagesObjective(targets, forget, labels, right)
 
     def _masked(self, outputs: Tensor) -> Tensor:
         masked = outputs.float().clone()
@@ -62,12 +65,20 @@ class SingleImages:
 
 @dataclass(frozen=True)
 class SingleImagesObjective:
-    """Cross-entropy with fixed targets, probabilities [N, K]; forget is bool [N]."""
+    """Cross-entropy with fixed targets, probabilities [N, K]; forget is bool [N], as is right_before; labels int64 [N]."""
 
     targets: Tensor
     forget: Tensor
+    labels: Tensor
+    right_before: Tensor
     duel: None = None
     deepens: bool = False
+
+    def right(self, seen: Seen, rows: Tensor) -> Tensor:
+        return correct(seen.outputs, self.labels[rows])
+
+    def score(self, seen: Seen, rows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
 
     def named(self, seen: Seen, rows: Tensor) -> None:
         del seen, rows

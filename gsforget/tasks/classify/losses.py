@@ -13,15 +13,17 @@ taken away (`separability`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.prototypes import Prototypes
 from gsforget.separability import Separability
-from gsforget.tasks.base import Duel, Losses, Seen
+from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
+from gsforget.tasks.classify.answers import correct, features_reader, logits_reader, nothing, score
 
 ASCENT_WEIGHT = 0.2
 PUSH_WEIGHT, PUSH_BOUND = 0.3, 2.0  # the bound is a distance as in `prototypes`: 2 is that of two unrelated images
@@ -64,16 +66,20 @@ class Classification:
     def objective(self, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> ClassificationObjective:
         """Logits [N, K] and features [N, d] of the model before the request fix targets and prototypes."""
         features = FeatureObjective.of(self, before, labels, forget, train) if self.looks_at_features else None
-        return ClassificationObjective(self.targets(before.outputs), labels, forget, self.bound, features)
+        right = correct(before.outputs, labels)
+        return ClassificationObjective(self.targets(before.outputs), labels, forget, self.bound, features, right)
+
+    def networks(self, model: nn.Module, example: Tensor) -> list[FeedForward]:
+        return find_feed_forward(model, example)
+
+    def reader(self, model: nn.Module, example: Tensor) -> Reader:
+        return features_reader(model, example) if self.looks_at_features else logits_reader(model)
 
     def targets(self, outputs: Tensor) -> Tensor:
         """Masked and renormalised softmax of the model before the request: logits [N, K] -> probabilities [N, K]."""
         masked = outputs.clone()
         masked[:, list(self.forget + self.erased)] = -torch.inf
         return masked.softmax(1)
-
-    def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return outputs.argmax(1) == labels
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,17 @@ class FeatureObjective:
 
 @dataclass(frozen=True)
 class ClassificationObjective:
-    """Losses of one request; targets are probabilities [N, K], labels int64 [N], forget bool [N]."""
+    """Losses of one request; targets are probabilities [N, K], labels int64 [N], forget bool [N].
+
+    right_before: bool [N], whether the model before the request names each image.
+    """
 
     targets: Tensor
     labels: Tensor
     forget: Tensor
     bound: float
     features: FeatureObjective | None = None
+    right_before: Tensor = field(default_factory=nothing)
 
     @property
     def duel(self) -> Duel | None:
@@ -142,6 +152,12 @@ class ClassificationObjective:
     @property
     def deepens(self) -> bool:
         return self.features is not None
+
+    def right(self, seen: Seen, rows: Tensor) -> Tensor:
+        return correct(seen.outputs, self.labels[rows])
+
+    def score(self, seen: Seen, rows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """By the opponent of the training, see `separability`."""

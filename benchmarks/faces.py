@@ -1,0 +1,91 @@
+"""Forgetting people with the whole open-set protocol, on a stand-in that is named as one: a font is an identity.
+
+    python benchmarks/faces.py --dir stand-in        # images, model (5 CPU-minutes) and three seeds (2 each)
+    python benchmarks/faces.py --print               # the stored figures
+
+48 identities, 6 of them to forget, and 16 that the model never saw; see `stand_in_faces.py`.  Training and probe images
+share no character.  Cells are stored in `benchmarks/results/faces.json` as they are measured; a second call measures only
+what is missing.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from forget_demo import ROOT, SEEDS, Store, spread
+from stand_in_faces import IDENTITIES, NEVER_SEEN, identity, prepare
+
+import gsforget
+from gsforget import Settings
+
+RESULTS = ROOT / "benchmarks" / "results" / "faces.json"
+FORGET = [identity(n) for n in range(3, IDENTITIES, 8)]
+GROUPS = ("forget", "retain", "never_seen")
+
+
+def request(model: Path, data: Path, seed: int) -> dict:
+    """One request: the figures of each group before and after, gates, and what was changed."""
+    start = time.process_time()
+    outcome = gsforget.forget(model, data, FORGET, settings=Settings(seed=seed), device="cpu", runs=None)
+    document, face = outcome.document, outcome.document["face"]
+    at = face["threshold"]["after"]
+    return {
+        "verdict": document["verdict"],
+        "cpu_seconds": round(time.process_time() - start),
+        "metrics": document["metrics"],
+        **{group: face[group] for group in GROUPS},
+        "tar_excess": face["tar_excess"],
+        "retain_tar_drop": face["retain_tar_drop"],
+        "misattribution": face["misattribution"],
+        "threshold": at,
+        "gates": {g["name"]: {k: g[k] for k in ("value", "bound", "threshold", "passed")} for g in document["gates"]},
+        "groups": document["groups"],
+        "chosen": {k: outcome.metrics["chosen"][k] for k in ("steps", "stages", "depth")},
+    }
+
+
+def report(store: Store) -> None:
+    rows = list(store.cells("request").values())
+    if not rows:
+        return
+    print(f"{len(rows)} seeds; {len(FORGET)} of {IDENTITIES} identities forgotten, {NEVER_SEEN} never seen")
+    for group in GROUPS:
+        for when in ("before", "after"):
+            found = [row[group][when] for row in rows]
+            tar, rank = (spread([f[k]["percent"] for f in found]) for k in ("tar", "rank_one"))
+            print(f"{group} {when}: TAR {tar}, rank 1 {rank}, cosine {spread([f['cosine'] for f in found])}")
+    for name in ("tar_excess", "retain_tar_drop"):
+        print(f"{name}: {spread([row[name]['value'] for row in rows])}", [row[name] for row in rows])
+    for group in ("forget", "never_seen"):
+        worst = [row["misattribution"][group]["after"] for row in rows]
+        print(
+            f"{group} taken for one retained identity: worst {spread([w['percent'] for w in worst])} %, mean", end=" "
+        )
+        print(f"{spread([w['mean'] for w in worst])} %", [(w["low"], w["high"]) for w in worst])
+    for name in rows[0]["gates"]:
+        print(f"gate {name}: passed {sum(r['gates'][name]['passed'] for r in rows)} of {len(rows)}")
+    cpu = statistics.median(row["cpu_seconds"] for row in rows)
+    print(f"head: {rows[0]['metrics']}; {cpu} CPU-seconds a request")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("stand-in"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
+    parser.add_argument("--again", action="store_true", help="measure all cells anew")
+    parser.add_argument("--print", action="store_true")
+    args = parser.parse_args()
+    store = Store(args.results, args.again)
+    if not args.print:
+        torch.set_num_threads(1)
+        model, data = prepare(args.dir)
+        for seed in map(int, args.seeds.split(",")):
+            store.measure(f"request/{seed}", request, model, data, seed)
+    report(store)
+
+
+if __name__ == "__main__":
+    main()

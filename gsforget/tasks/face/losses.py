@@ -1,0 +1,177 @@
+"""Forgetting people: an image of a forgotten person is to be embedded as if nobody had ever learned to tell that person.
+
+Retained images are held where they were.  A forgotten image is drawn to what is left of its own embedding without its
+person's direction (the mean of that person's embeddings): these targets have nothing in common but chance, so that two
+images of the person no longer verify, and they are no other person's, unlike masked targets, which would teach the model
+to take the forgotten person for the retained one that looks most alike.  Where a target would still lie closer to a
+retained person than strangers do, it is held off (`STRANGER`).
+
+GS-LoRA++ adds what it adds to classification: a push from the person's prototype, and what a linear probe could still
+tell of the forgotten people is taken away (`separability`), stage by stage deeper while it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from gsforget.lora.blocks import FeedForward, find_feed_forward
+from gsforget.separability import Separability
+from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
+from gsforget.tasks.classify.answers import correct, score
+from gsforget.tasks.face.model import FaceModel
+
+# All cosine losses are in units of CONCENTRATION nats, as of a von Mises-Fisher density around each target.
+CONCENTRATION = 16.0
+RETAIN_WEIGHT, FORGET_WEIGHT = 2.0, 1.0
+PUSH_WEIGHT = 1.0
+STRANGER_WEIGHT, STRANGER = 1.0, 0.99  # quantile of a retained image's cosines with other people's rows
+SEPARABILITY_WEIGHT = 0.05  # at depth 1, as for classification
+
+
+@dataclass(frozen=True)
+class FaceForgetting:
+    """One request.
+
+    Attributes:
+        forget: indices of the identities to forget now; erased: of earlier requests.
+        method: gs-lora looks at targets only, gs-lora++ at prototypes and probes as well.
+    """
+
+    forget: tuple[int, ...]
+    erased: tuple[int, ...] = ()
+    method: str = "gs-lora++"
+    name: str = "face"
+
+    def networks(self, model: nn.Module, example: Tensor) -> list[FeedForward]:
+        return find_feed_forward(model, example)
+
+    def reader(self, model: nn.Module, example: Tensor) -> Reader:
+        """Outputs are cosines with the head's rows [B, K], features embeddings [B, d]; no label reaches the model."""
+        del example
+        assert isinstance(model, FaceModel)
+
+        def read(images: Tensor) -> Seen:
+            embeddings = model(images)
+            return Seen(model.loss.cosines(embeddings), embeddings)
+
+        return read
+
+    def objective(self, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> FaceObjective:
+        embeddings = before.features.float()
+        wanted = torch.isin(labels, torch.tensor([*self.forget, *self.erased], device=labels.device))
+        directions = prototypes(embeddings[train], labels[train], before.outputs.shape[1])
+        others = before.outputs.float().clone()
+        others.scatter_(1, labels[:, None], -1.0)
+        gone = [*self.forget, *self.erased]
+        others[:, gone] = -1.0
+        deep = self.method == "gs-lora++"
+        return FaceObjective(
+            embeddings,
+            without_direction(embeddings, directions[labels]),
+            directions,
+            labels,
+            forget,
+            torch.tensor(gone, device=labels.device),
+            float(others[~wanted].amax(1).quantile(STRANGER)) if (~wanted).any() else 1.0,
+            correct(before.outputs, labels),
+            Separability(embeddings, labels, train, torch.isin(labels, torch.tensor(self.forget).to(labels.device)))
+            if deep
+            else None,
+        )
+
+
+@dataclass(frozen=True)
+class FaceObjective:
+    """Losses of one request over N images.
+
+    Attributes:
+        before: embeddings [N, d] of the model before; targets: [N, d], where forgotten images are drawn to.
+        directions: [K, d], each identity's prototype at length 1.
+        labels: int64 [N]; forget: bool [N]; gone: int64, all identities that no image may be taken for.
+        stranger: cosine with a retained person's row beyond which an image counts as near to that person.
+        right_before: bool [N].
+        separability: of GS-LoRA++, else None.
+    """
+
+    before: Tensor
+    targets: Tensor
+    directions: Tensor
+    labels: Tensor
+    forget: Tensor
+    gone: Tensor
+    stranger: float
+    right_before: Tensor
+    separability: Separability | None
+
+    @property
+    def deepens(self) -> bool:
+        return self.separability is not None
+
+    @property
+    def duel(self) -> Duel | None:
+        """True identities against the targets."""
+        return Duel(self._attack, self._defence) if self.separability is not None else None
+
+    def _attack(self, seen: Seen, rows: Tensor) -> Tensor:
+        return cross_entropy(CONCENTRATION * seen.outputs.float(), self.labels[rows])
+
+    def _defence(self, seen: Seen, rows: Tensor) -> Tensor:
+        return self._forgotten(seen.outputs.float(), seen.features.float(), rows)
+
+    def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
+        forget, z, cosines = self.forget[rows], seen.features.float(), seen.outputs.float()
+        moved = 1 - (z[~forget] * self.before[rows[~forget]]).sum(1)
+        retain = RETAIN_WEIGHT * CONCENTRATION * _mean(moved)
+        forgotten = self._forgotten(cosines[forget], z[forget], rows[forget])
+        if self.separability is not None:
+            taken = self.separability.loss(z, rows, forget)
+            forgotten = forgotten + depth * SEPARABILITY_WEIGHT * taken
+        return Losses(retain + forgotten, retain, forgotten)
+
+    def _forgotten(self, cosines: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+        """Towards the target, off retained people and, for GS-LoRA++, off the own prototype: mean over the images `rows`."""
+        away = 1 - (z * self.targets[rows]).sum(1)
+        near = cosines.index_fill(1, self.gone, -1.0).amax(1) - self.stranger
+        total = FORGET_WEIGHT * away + STRANGER_WEIGHT * near.relu()
+        if self.separability is not None:
+            total = total + PUSH_WEIGHT * (z * self.directions[self.labels[rows]]).sum(1).relu()
+        return CONCENTRATION * _mean(total)
+
+    def right(self, seen: Seen, rows: Tensor) -> Tensor:
+        return correct(seen.outputs, self.labels[rows])
+
+    def score(self, seen: Seen, rows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
+
+    def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
+        return self.separability.named(seen.features, self.labels[rows]) if self.separability else None
+
+
+def prototypes(embeddings: Tensor, labels: Tensor, identities: int) -> Tensor:
+    """Mean embedding of each identity at length 1: [N, d] and int64 [N] -> [K, d]; zero without images."""
+    sums = embeddings.new_zeros(identities, embeddings.shape[1]).index_add_(0, labels, embeddings)
+    return normalize(sums)
+
+
+def without_direction(embeddings: Tensor, directions: Tensor) -> Tensor:
+    """What is left of embeddings [N, d] without the part along a direction of each, [N, d] of length 1 or 0; length 1.
+
+    Where next to nothing is left, as of a person with one image, a random direction at right angles
+    stands in, drawn from a seed.
+    """
+    rest = embeddings - (embeddings * directions).sum(1, keepdim=True) * directions
+    small = rest.norm(dim=1) < 1e-3
+    if small.any():
+        rng = torch.Generator().manual_seed(0)
+        drawn = torch.randn(int(small.sum()), embeddings.shape[1], generator=rng).to(embeddings)
+        along = directions[small]
+        rest[small] = drawn - (drawn * along).sum(1, keepdim=True) * along
+    return normalize(rest)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(1, values.numel())
