@@ -131,6 +131,7 @@ class Loop:
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.read = task.reader(model, self.probe[:2])
+        self.eval_batch = min(EVAL_BATCH, getattr(task, "batch", EVAL_BATCH))
         networks = task.networks(model, self.probe[:2])
         forms = find_forms(model, networks, self.probe[:2])
         self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
@@ -285,7 +286,7 @@ class Loop:
         plans = processes.of_all((plan.needed, len(plan.frozen)) if plan else None)
         self.reuse = plan if plans == [plans[0]] * len(plans) else None
         if self.reuse:
-            self.reuse.fill(count, self._images, EVAL_BATCH)
+            self.reuse.fill(count, self._images, self.eval_batch)
 
     def _images(self, rows: Tensor) -> Tensor:
         return self.images.batch(rows).to(self.device)
@@ -310,7 +311,7 @@ class Loop:
     @torch.no_grad()
     def seen_of(self, rows: Tensor) -> Seen:
         """What the model makes of rows of the images, float32, each tensor [len(rows), …]."""
-        return Seen.joined([self._see(piece) for piece in rows.split(EVAL_BATCH)])
+        return Seen.joined([self._see(piece) for piece in rows.split(self.eval_batch)])
 
     def _draw(self, name: str, count: int) -> Tensor:
         """The next rows of a pool, each once per pass, in a fresh order in every pass."""

@@ -58,7 +58,15 @@ def forget(
     std: Annotated[str | None, Opt(help="Per channel.")] = None,
     crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
     interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
-    task: Annotated[str | None, Opt(help="classify or face; default: as the model folder says, else classify.")] = None,
+    task: Annotated[
+        str | None, Opt(help="classify, face, or detect for object kinds; default: as the model folder says.")
+    ] = None,
+    annotations: Annotated[
+        str | None,
+        Opt(
+            help="Of detect: folder of COCO's JSON files, or TRAIN.json,TEST.json; default: annotations in the data folder."
+        ),
+    ] = None,
     method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
@@ -98,6 +106,8 @@ def forget(
 
     if task is not None:
         find_task(task)
+    if annotations is not None and task not in (None, "detect"):
+        raise RequestError("--annotations is about object detection.", "Add --task detect.", "not_for_detection")
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
     numbers: dict[str, Any] = {
@@ -135,6 +145,7 @@ def forget(
         "task": task,
         "gallery": gallery,
         "out": out,
+        "annotations": annotations,
     }
     if request is not None:
         if wanted or images or sample_mode:
