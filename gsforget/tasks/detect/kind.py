@@ -43,7 +43,9 @@ def open_source(
     """See `gsforget.tasks.base.Kind`: detectors come from folders, see `opening`."""
     del names, checkpoint, model_kwargs, given
     raise RequestError(
-        f"{name} is no folder of a detector.", "Give --model a folder that transformers wrote, or a run folder.", "no_model"
+        f"{name} is no folder of a detector.",
+        "Give --model a folder that transformers wrote, or a run folder.",
+        "no_model",
     )
 
 
