@@ -9,29 +9,27 @@ from typing import TYPE_CHECKING, Any
 from gsforget.cli.output import emit_json, next_command, say, table
 
 if TYPE_CHECKING:
-    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.cli.infer import Opened
 
 
 def find(
+    opened: Opened,
     model: Path,
-    predictor: Any,
-    preprocess: Preprocess,
-    forgotten: tuple[int, ...],
-    names: list[str],
     paths: list[Path],
     min_score: float,
     draw: Path | None,
     skip_corrupt: bool,
     as_json: bool,
 ) -> None:
-    """Detect on images and show what was found; arguments as for `gsforget.export.device.detect.detect`."""
+    """Detect on images and show what was found; arguments as of `infer`."""
     from gsforget.export.device.detect import detect
 
+    predictor: Any = opened.predictor
     found = detect(
         predictor,
-        preprocess,
-        forgotten,
-        names,
+        opened.preprocess,
+        opened.forgotten,
+        opened.class_names,
         paths,
         min_score,
         skip_corrupt=skip_corrupt,
@@ -79,7 +77,8 @@ def show_ap(metrics: dict[str, Any]) -> None:
     table(columns, rows, "Average precision on the test images, nothing masked (COCO's evaluator)", columns[2:])
     counts = metrics["detection"]["detections"]
     gone = counts["of_forgotten_kinds"]
-    said = f"Detections of forgotten kinds scored {counts['score_from']:g} or more: {gone['before']} before, {gone['after']} after."
+    least = counts["score_from"]
+    said = f"Detections of forgotten kinds scored {least:g} or more: {gone['before']} before, {gone['after']} after."
     ranked = metrics["detection"]["every_query"]
     hidden = "; ".join(f"{name} {v['before']:.1f} to {v['after']:.1f}" for name, v in ranked.items())
     say(f"{said} AP50 when every query is ranked, however low its score: {hidden}.")
