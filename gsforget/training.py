@@ -282,7 +282,8 @@ class Loop:
         count = len(self.labels)
         budget = self.settings.cache_bytes
         budget = _free_memory(self.device) / 4 if budget is None else budget
-        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, min(processes.of_all(budget)))
+        least = min(processes.of_all(budget))
+        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, least, self._answers)
         plans = processes.of_all((plan.needed, len(plan.frozen)) if plan else None)
         self.reuse = plan if plans == [plans[0]] * len(plans) else None
         if self.reuse:
@@ -290,6 +291,10 @@ class Loop:
 
     def _images(self, rows: Tensor) -> Tensor:
         return self.images.batch(rows).to(self.device)
+
+    def _answers(self, images: Tensor) -> Tensor:
+        """All that the losses look at, [B, …]: boxes depend on more of the network than logits do."""
+        return torch.cat([tensor.flatten(1) for tensor in self.read(images).tensors], 1)
 
     def _see(self, rows: Tensor) -> Seen:
         """What the model makes of images; of several processes each computes a share, and all get the whole."""
