@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gsforget.audit.case import Ask
-    from gsforget.data import ImageFolder
     from gsforget.forgetting import Outcome
     from gsforget.request import Request, Thresholds
     from gsforget.requests.course import Course
@@ -49,6 +48,7 @@ def forget(
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
+    annotations: str | None = None,
 ) -> Outcome:
     """Make a model forget classes and publish a run folder.
 
@@ -67,9 +67,10 @@ def forget(
         method: "gs-lora" or "gs-lora++"; None: the default.
         reference: model folder of a model trained without the classes; needed for `max_probe_excess`.
         never_seen: instead of `reference`: class folders of the data that the model was never trained on.
-        task: "classify" or "face"; None: as the model folder says, else "classify".
+        task: "classify", "face", or "detect" for object kinds; None: as the model folder says, else "classify".
         gallery: of faces: a gallery made with the model; the run gets one of its own without the forgotten people.
         runs: folder in which runs are numbered; None publishes nothing and only returns the outcome.
+        annotations: of "detect": a folder of COCO's JSON files, or two of them separated by a comma (training first).
 
     Returns:
         Outcome with the JSON document, the metrics, the run folder and the merged state dict.  A module that was
@@ -91,6 +92,7 @@ def forget(
         trust_code=trust_code,
         never_seen=never_seen,
         task=task,
+        annotations=annotations,
     )
     request = _request(
         classes,
@@ -126,6 +128,7 @@ def open_requests(
     task: str | None = None,
     runs: str | Path | None = "runs",
     out: str | Path | None = None,
+    annotations: str | None = None,
     **options: Any,
 ) -> Course:
     """Check the requests of a file, all of them, and make them ready to be served in order: ``open_requests(…).run()``.
@@ -153,6 +156,7 @@ def open_requests(
         trust_code=trust_code,
         never_seen=options.get("never_seen", ()),
         task=task,
+        annotations=annotations,
     )
     base = _request((), trust_code=trust_code, **options)
     return Course(source, folder, load, base, entries, Path(runs) if runs else None, Path(out) if out else None)
@@ -207,11 +211,18 @@ def open_model_and_data(
     trust_code: bool = False,
     never_seen: Sequence[str] = (),
     task: str | None = None,
-) -> tuple[Source, ImageFolder, Callable[[Path], np.ndarray]]:
+    annotations: str | None = None,
+) -> tuple[Source, Any, Callable[[Path], np.ndarray]]:
     """Load a model and list its images in the model's class order; arguments as for `forget`.
 
-    Returns the source, the image folder, and the function that reads one image file for this model.
+    Returns the source, the task's data (an image folder, or annotated scenes), and the function that reads one image
+    file for this model.
     """
+    if task == "detect" or (task is None and _is_detector(model)):
+        from gsforget.tasks.detect.opening import open_detector
+
+        others = {"checkpoint": checkpoint, "model_kwargs": model_kwargs, "preprocessing": preprocessing}
+        return open_detector(model, data, annotations, class_names=class_names, architecture=architecture, **others)
     from dataclasses import replace
 
     from gsforget.export.device.preprocess import Preprocess
@@ -239,6 +250,13 @@ def open_model_and_data(
     kind = find_task(source.config.task)
     images = kind.open_data(data, source.names, list(source.erased.values()), never_seen)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
+
+
+def _is_detector(model: str | Path | nn.Module) -> bool:
+    """Whether `model` is the folder of a detector."""
+    from gsforget.folder import is_model_folder, read_config
+
+    return isinstance(model, (str, Path)) and is_model_folder(Path(model)) and read_config(Path(model)).task == "detect"
 
 
 def audit_model(

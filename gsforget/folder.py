@@ -28,9 +28,10 @@ FORMAT = 1
 class ModelConfig:
     """What `config.json` holds.
 
-    ``architecture`` is a timm model name, or an import path ``package.module:factory`` that is called with
-    ``model_kwargs`` and used only with trust_code.  ``class_names`` are in index order; an erased class keeps its
-    index and is named ``forgotten-<index>``.  ``mean`` and ``std`` are per channel for pixels scaled to 0..1.
+    ``architecture`` is a timm model name, ``transformers.<model type>`` of a detector, or an import path
+    ``package.module:factory`` that is called with ``model_kwargs`` and used only with trust_code.  ``class_names`` are in
+    index order; an erased class keeps its index and is named ``forgotten-<index>``.  ``mean`` and ``std`` are per channel
+    for pixels scaled to 0..1; ``fit`` is of detectors, see `export/device/preprocess.py`.
     """
 
     architecture: str
@@ -42,6 +43,7 @@ class ModelConfig:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+    fit: tuple[int, int, int] | None = None
     forgotten: tuple[int, ...] = ()
     sequence: int = 0
     task: str = "classify"
@@ -66,7 +68,8 @@ class ModelConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "fit" or v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str = CONFIG) -> ModelConfig:
@@ -119,6 +122,7 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
     "mean": _numbers(),
     "std": _numbers(),
     "forgotten": _numbers(None, int),
+    "fit": lambda v: v is None or _numbers(3, int)(v),
     "crop_pct": lambda v: isinstance(v, (int, float)) and v > 0,
     "sequence": lambda v: isinstance(v, int) and v >= 0,
 }
@@ -154,6 +158,10 @@ def read_config(folder: Path, weights: bool = True) -> ModelConfig:
         raise RequestError(
             f"{path} is not valid JSON ({error}).", "Restore it from the original model.", "bad_config"
         ) from error
+    if isinstance(raw, dict) and "model_type" in raw and "architecture" not in raw:
+        from gsforget.tasks.detect.families import read_folder
+
+        return read_folder(folder, raw)
     return ModelConfig.from_json(raw, str(path))
 
 
@@ -187,6 +195,12 @@ def load_model(folder: Path, trust_code: bool = False) -> tuple[nn.Module, Model
     from gsforget.checkpoint import apply_weights, read_weights
 
     config = read_config(folder)
+    if config.architecture.startswith("transformers."):
+        from gsforget.tasks.detect.families import is_transformers_folder
+        from gsforget.tasks.detect.models import load_detector
+
+        if is_transformers_folder(folder):  # transformers knows other names in files than in memory
+            return load_detector(folder)
     model = build_model(config, trust_code)
     apply_weights(model, read_weights(folder / WEIGHTS, as_saved=True), folder / WEIGHTS)
     return model, config

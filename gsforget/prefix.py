@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from gsforget import processes
 from gsforget.lora.blocks import as_logits
 
+Answers = Callable[[Tensor], Tensor]  # images [B, …] -> all that training looks at, [B, …]
+
 TOLERANCE = 1e-4
 
 
@@ -58,15 +60,25 @@ class PrefixReuse:
     Use `PrefixReuse.plan(...)`, then `fill` once, then `with reuse.images(indices): model(blank)`.
     """
 
-    def __init__(self, model: nn.Module, first: str, frozen: list[_Frozen], needed: list[str]):
-        self.model = model
+    def __init__(
+        self, model: nn.Module, first: str, frozen: list[_Frozen], needed: list[str], answers: Answers | None = None
+    ):
+        self.model, self.run = model, answers or _logits_of(model)
         self.first = first
         self.frozen = frozen
         self.needed = needed
         self.store: dict[str, Tensor] = {}
 
     @classmethod
-    def plan(cls, model: nn.Module, first: str, probe: Tensor, images: int, budget: float) -> PrefixReuse | None:
+    def plan(
+        cls,
+        model: nn.Module,
+        first: str,
+        probe: Tensor,
+        images: int,
+        budget: float,
+        answers: Answers | None = None,
+    ) -> PrefixReuse | None:
         """Find what must be kept; None where nothing can be gained or the budget (bytes) is too small.
 
         Args:
@@ -74,12 +86,15 @@ class PrefixReuse:
             first: dotted name of the first linear layer that trains.
             probe: float [B, C, H, W], B >= 3, of different images.
             images: how many images will be kept.
+            answers: runs the model and returns all that training looks at; None: its logits.
         """
+        run = answers or _logits_of(model)
         half = max(2, len(probe) // 2)
-        frozen = _record_frozen(model, first, probe[:half])
-        truth = _run(model, probe[:half])
+        frozen = _record_frozen(model, first, probe[:half], run)
+        with torch.no_grad():
+            truth = run(probe[:half])
         while frozen:
-            plan = cls(model, first, frozen, [])
+            plan = cls(model, first, frozen, [], run)
             plan.needed = [f.name for f in frozen if plan._matters(f, probe[:half], truth)]
             size = sum(f.recorded.nbytes for f in frozen if f.name in plan.needed) / half * images
             if size <= budget and plan._holds(probe):
@@ -99,12 +114,12 @@ class PrefixReuse:
 
     def _holds(self, probe: Tensor) -> bool:
         """Whether kept outputs, and a blank input, give the same logits for images in another order and number."""
-        truth = _run(self.model, probe)
+        truth = self._run(probe)
         order = torch.arange(len(probe)).flip(0)
         try:
             self.fill(len(probe), lambda i: probe[i], 2, shared=False)
             with self.images(order):
-                reused = _run(self.model, self.blank_input(probe, len(order)))
+                reused = self._run(self.blank_input(probe, len(order)))
         except Exception:  # the model may refuse wrong shapes in its own words
             return False
         finally:
@@ -112,11 +127,15 @@ class PrefixReuse:
         truth = truth[order.to(truth.device)]
         return reused.shape == truth.shape and torch.allclose(reused, truth, atol=TOLERANCE, rtol=TOLERANCE)
 
+    @torch.no_grad()
+    def _run(self, batch: Tensor) -> Tensor:
+        return self.run(batch)
+
     def _answered(self, answer: Callable[[_Frozen], Tensor], batch: Tensor) -> Tensor:
         try:
             for f in self.frozen:
                 f.module.forward = _constant(answer, f)
-            return _run(self.model, batch)
+            return self._run(batch)
         finally:
             self._restore()
 
@@ -149,7 +168,7 @@ class PrefixReuse:
             for indices in torch.arange(mine.start, mine.stop).split(batch_size) if mine else ():
                 place = slice(int(indices[0]), int(indices[-1]) + 1)
                 with contextlib.suppress(_Reached):
-                    _run(self.model, batch_of(indices))
+                    self._run(batch_of(indices))
         finally:
             for handle in handles:
                 handle.remove()
@@ -200,12 +219,11 @@ def _constant(answer: Callable[[_Frozen], Tensor], f: _Frozen) -> Callable[..., 
     return lambda *_args, **_kwargs: answer(f)
 
 
-@torch.no_grad()
-def _run(model: nn.Module, batch: Tensor) -> Tensor:
-    return as_logits(model(batch))
+def _logits_of(model: nn.Module) -> Answers:
+    return lambda batch: as_logits(model(batch))
 
 
-def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]:
+def _record_frozen(model: nn.Module, first: str, probe: Tensor, run: Answers) -> list[_Frozen]:
     """Modules, as large as possible, that finish before `first` is called; called once, returning one tensor per image."""
     names = {module: name for name, module in model.named_modules()}
     finished: list[tuple[str, Tensor | None]] = []
@@ -228,7 +246,8 @@ def _record_frozen(model: nn.Module, first: str, probe: Tensor) -> list[_Frozen]
         for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))
     ]
     try:
-        _run(model, probe)
+        with torch.no_grad():
+            run(probe)
     finally:
         for handle in handles:
             handle.remove()

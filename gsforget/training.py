@@ -136,6 +136,7 @@ class Loop:
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.read = task.reader(model, self.probe[:2])
+        self.eval_batch = min(EVAL_BATCH, getattr(task, "batch", EVAL_BATCH))
         networks = task.networks(model, self.probe[:2])
         forms = find_forms(model, networks, self.probe[:2])
         self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
@@ -339,11 +340,12 @@ class Loop:
         count = len(self.labels)
         budget = self.settings.cache_bytes
         budget = _free_memory(self.device) / 4 if budget is None else budget
-        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, min(processes.of_all(budget)))
+        least = min(processes.of_all(budget))
+        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, least, self._answers)
         plans = processes.of_all((plan.needed, len(plan.frozen)) if plan else None)
         self.reuse = plan if plans == [plans[0]] * len(plans) else None
         if self.reuse:
-            self.reuse.fill(count, self._images, EVAL_BATCH)
+            self.reuse.fill(count, self._images, self.eval_batch)
 
     def _images(self, rows: Tensor) -> Tensor:
         return self._there(self.images.batch(rows))
@@ -353,6 +355,10 @@ class Loop:
         if self.device.type != "cuda" or tensor.is_cuda:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _answers(self, images: Tensor) -> Tensor:
+        """All that the losses look at, [B, …]: boxes depend on more of the network than logits do."""
+        return torch.cat([tensor.flatten(1) for tensor in self.read(images).tensors], 1)
 
     def _see(self, rows: Tensor) -> Seen:
         """What the model makes of images; of several processes each computes a share, and all get the whole."""
@@ -374,7 +380,7 @@ class Loop:
     @torch.no_grad()
     def seen_of(self, rows: Tensor) -> Seen:
         """What the model makes of rows of the images, float32, each tensor [len(rows), …]."""
-        return Seen.joined([self._see(piece) for piece in rows.split(EVAL_BATCH)])
+        return Seen.joined([self._see(piece) for piece in rows.split(self.eval_batch)])
 
     def _draw(self, name: str, count: int) -> Tensor:
         """The next rows of a pool, each once per pass, in a fresh order in every pass."""

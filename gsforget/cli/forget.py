@@ -58,7 +58,15 @@ def forget(
     std: Annotated[str | None, Opt(help="Per channel.")] = None,
     crop_pct: Annotated[float | None, Opt(help="Share of the image that the centre crop keeps.")] = None,
     interpolation: Annotated[str | None, Opt(help="bilinear, bicubic, nearest, …")] = None,
-    task: Annotated[str | None, Opt(help="classify or face; default: as the model folder says, else classify.")] = None,
+    task: Annotated[
+        str | None, Opt(help="classify, face, or detect for object kinds; default: as the model folder says.")
+    ] = None,
+    annotations: Annotated[
+        str | None,
+        Opt(
+            help="Of detect: folder of COCO's JSON files, or TRAIN.json,TEST.json; default: annotations in the data folder."
+        ),
+    ] = None,
     method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
@@ -98,6 +106,8 @@ def forget(
 
     if task is not None:
         find_task(task)
+    if annotations is not None and task not in (None, "detect"):
+        raise RequestError("--annotations is about object detection.", "Add --task detect.", "not_for_detection")
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
     numbers: dict[str, Any] = {
@@ -135,6 +145,7 @@ def forget(
         "task": task,
         "gallery": gallery,
         "out": out,
+        "annotations": annotations,
     }
     if request is not None:
         if wanted or images or sample_mode:
@@ -180,33 +191,12 @@ def serve(course: Course, json: bool) -> None:
 def show(outcome: Any) -> None:
     """The before-and-after table, what was chosen, and the verdict, for people."""
     document, metrics = outcome.document, outcome.metrics
-    rows = []
-    for entry in metrics["classes"]:
-        before, after = entry["before"], entry["after"]
-        if before["acc"] is not None:
-            interval = f"{after['low']:.1f} to {after['high']:.1f}"
-            rows.append(
-                (
-                    entry["name"],
-                    entry["role"],
-                    f"{before['acc']:.1f}",
-                    f"{after['acc']:.1f}",
-                    interval,
-                    str(after["count"]),
-                )
-            )
-    s = metrics["summary"]
-    what = "images forgotten" if "sample" in document else "all forgotten"
-    rows.append((what, "", f"{s['forget_acc_before']:.1f}", f"{s['forget_acc_after']:.1f}", "", ""))
-    rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
-    if s["old_acc_after"] is not None:
-        rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
-    table(
-        ("class", "role", "before %", "after %", "95 % interval", "images"),
-        rows,
-        "Accuracy on the test images",
-        ("before %", "after %", "images"),
-    )
+    if metrics.get("task") == "detect":
+        from gsforget.cli.detections import show_ap
+
+        show_ap(metrics)
+    else:
+        show_accuracies(document, metrics)
     changed = [g["name"] for g in metrics["groups"] if g["active"]]
     tensors = metrics["tensors"]
     say(
@@ -221,7 +211,7 @@ def show(outcome: Any) -> None:
         from gsforget.cli.faces import show_faces
 
         show_faces(document["face"])
-    h_mean = "" if s["h_mean"] is None else f"H-mean {s['h_mean']:.1f} · "
+    h_mean = "" if metrics["summary"]["h_mean"] is None else f"H-mean {metrics['summary']['h_mean']:.1f} · "
     seconds = document["seconds"]
     say(
         f"{h_mean}training {seconds['train']:.1f} s, in all {seconds['total']:.1f} s"
@@ -253,6 +243,37 @@ def show(outcome: Any) -> None:
         say(f"Not tested: {note}.")
 
 
+def show_accuracies(document: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """The table of classes, for people."""
+    rows = []
+    for entry in metrics["classes"]:
+        before, after = entry["before"], entry["after"]
+        if before["acc"] is not None:
+            interval = f"{after['low']:.1f} to {after['high']:.1f}"
+            rows.append(
+                (
+                    entry["name"],
+                    entry["role"],
+                    f"{before['acc']:.1f}",
+                    f"{after['acc']:.1f}",
+                    interval,
+                    str(after["count"]),
+                )
+            )
+    s = metrics["summary"]
+    what = "images forgotten" if "sample" in document else "all forgotten"
+    rows.append((what, "", f"{s['forget_acc_before']:.1f}", f"{s['forget_acc_after']:.1f}", "", ""))
+    rows.append(("all retained", "", f"{s['retain_acc_before']:.1f}", f"{s['retain_acc_after']:.1f}", "", ""))
+    if s["old_acc_after"] is not None:
+        rows.append(("forgotten before", "", "", f"{s['old_acc_after']:.1f}", "", ""))
+    table(
+        ("class", "role", "before %", "after %", "95 % interval", "images"),
+        rows,
+        "Accuracy on the test images",
+        ("before %", "after %", "images"),
+    )
+
+
 def _unjudged(outcome: Any) -> str:
     """A sentence where nothing says whether the features forgot as well; the command, where it could tell."""
     if (
@@ -263,6 +284,8 @@ def _unjudged(outcome: Any) -> str:
         return ""
     measured = outcome.metrics["audit"]
     said = " Its answers were judged, its features were not"
+    if measured is None:
+        return f"{said}."
     if measured["after"]["linear_probe"] is None or measured["reference"] is not None:
         return f"{said}."  # no features, or a reference that leaves no room: the command would tell no more
     run = shlex.quote(str(outcome.folder))

@@ -43,13 +43,17 @@ def infer(
             "--enroll", metavar="DIR", help="Faces: write --gallery, from a folder of images per person in DIR."
         ),
     ] = None,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", metavar="DIR", help="Detectors: folder for the images with boxes drawn.")
+    ] = None,
+    min_score: Annotated[float, typer.Option("--min-score", help="Detectors: lowest score, 0 to 1.")] = 0.3,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes, or people, per image.")] = 5,
     device: DeviceOption = Device.auto,
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify images, or identify and compare faces; a forgotten class is never returned."""
+    """Classify images, find objects, or identify and compare faces; a forgotten class is never returned."""
     from gsforget.errors import RequestError
     from gsforget.export.device.infer import classify, find_images
 
@@ -74,6 +78,13 @@ def infer(
 
         compare_faces(opened, model, paths, as_json)
         return
+    if opened.task == "detect":
+        from gsforget.cli.detections import find
+
+        find(opened, model, paths, min_score, draw, skip_corrupt, as_json)
+        return
+    if draw is not None:
+        raise RequestError("--draw draws boxes, which only detectors find.", "Leave it out.", "not_a_detector")
     predictor, preprocess, forgotten, names = opened.predictor, opened.preprocess, opened.forgotten, opened.class_names
     found = classify(
         predictor,
@@ -147,7 +158,11 @@ def load(model: Path, device: str, trust_code: bool) -> Opened:
     from gsforget.predict import TorchPredictor, pick_device
 
     network, config = load_model(model, trust_code)
-    predictor = TorchPredictor(network, pick_device(device))
+    predictor: Any = TorchPredictor(network, pick_device(device))
+    if config.task == "detect":
+        from gsforget.export.build.detection import TorchDetector
+
+        predictor = TorchDetector(network, pick_device(device))
     preprocess = Preprocess.from_dict(config.to_json())
     return Opened(predictor, preprocess, config.forgotten, config.class_names, config.task, [sha256(model / WEIGHTS)])
 

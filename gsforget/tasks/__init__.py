@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 KINDS = {  # `--task` and the module that offers a `Kind`
     "classify": "gsforget.tasks.classify.kind",
     "face": "gsforget.tasks.face.kind",
+    "detect": "gsforget.tasks.detect.kind",
 }
 
 

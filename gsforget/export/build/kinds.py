@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KINDS = {  # tasks and the modules that offer an `ExportKind`
     "classify": "gsforget.export.build.parity",
     "face": "gsforget.export.build.faces",
+    "detect": "gsforget.export.build.detection",
 }
 
 

@@ -136,7 +136,7 @@ class Packages:
 
         if self.export.precision == "int8":  # the same integers, no operators of int8 put together
             return OnnxPredictor(self.export.made[0].path, "cpu", optimised=False)
-        return TorchPredictor(self.export.model)
+        return TorchPredictor(self.export.kind.traced(self.export.model))
 
     def _old_onnx(self, before: Previous) -> Path:
         """The ONNX file that devices hold: the one that is there, else the same made again."""

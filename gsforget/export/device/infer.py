@@ -76,7 +76,7 @@ def classify(
     if top < 1 or batch_size < 1:
         raise RequestError(f"top ({top}) and batch size ({batch_size}) must be at least 1.", "Use --top 5.", "bad_top")
     images: list[dict[str, Any]] = []
-    for names, batch in _batches(preprocess, paths, batch_size, skip_corrupt, on_skip):
+    for names, batch in batches(preprocess, paths, batch_size, skip_corrupt, on_skip):
         ranked = rank(predictor.predict(batch), [str(name) for name in names], forgotten, class_names, top)
         images += [{"path": str(path), "top": best} for path, best in zip(names, ranked, strict=True)]
     if not images:
@@ -119,13 +119,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(where, f) for f in files if f.lower().endswith(SUFFIXES) and not f.startswith("."))
 
 
-def _batches(
+def batches(
     preprocess: Preprocess,
     paths: Sequence[Path],
     size: int,
     skip_corrupt: bool,
     on_skip: Callable[[RequestError], None] | None,
 ) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Files and what they become, float32 [n, C, H, W], `size` at a time; arguments as for `classify`."""
     for start in range(0, len(paths), size):
         names, images = [], []
         for path in paths[start : start + size]:

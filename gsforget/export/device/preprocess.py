@@ -27,7 +27,7 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
     "lanczos": Image.Resampling.LANCZOS,
 }
-CROP_MODES = ("center", "squash", "border")
+CROP_MODES = ("center", "squash", "border", "fit")
 # Raster formats only: others that Pillow knows (EPS) would start an interpreter on a stranger's file.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 # What Pillow's decoders raise on damaged files; it has no common base for them.
@@ -49,12 +49,14 @@ class Preprocess:
     """Image to network input: resize, crop, scale to 0..1, normalise.
 
     Attributes:
-        input_size: channels (1 or 3), height, width in pixels.
+        input_size: channels (1 or 3; 4 for ``fit``), height, width in pixels.
         mean, std: one value per channel, for pixels scaled to 0..1.
         interpolation: a key of ``INTERPOLATIONS``.
         crop_pct: the image is resized to the input size divided by this, then the centre is cut out.
         crop_mode: ``center`` keeps the aspect ratio and loses the margins, ``squash`` gives up the ratio,
-            ``border`` keeps everything and fills up with the mean colour.
+            ``border`` keeps everything and fills up with the mean colour, ``fit`` keeps everything as large as `fit` says,
+            in the top left corner, and fills up with zeros; with four channels the last one is 1 where the image is.
+        fit: of ``fit``: shortest edge, longest edge, and what both edges are a multiple of.
     """
 
     input_size: tuple[int, int, int]
@@ -63,6 +65,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+    fit: tuple[int, int, int] | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Preprocess:
@@ -73,7 +76,8 @@ class Preprocess:
         """
         try:
             channels, height, width = (int(v) for v in raw["input_size"])
-            mean, std = (_per_channel(raw[name], channels) for name in ("mean", "std"))
+            mean, std = (_per_channel(raw[name], min(channels, 3)) for name in ("mean", "std"))
+            fit = raw.get("fit")
             made = cls(
                 (channels, height, width),
                 mean,
@@ -81,6 +85,7 @@ class Preprocess:
                 str(raw.get("interpolation", "bicubic")),
                 float(raw.get("crop_pct", 1.0)),
                 str(raw.get("crop_mode") or "center"),
+                (int(fit[0]), int(fit[1]), int(fit[2])) if fit else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise _unusable(f"they are incomplete or not numbers ({error})") from error
@@ -96,10 +101,12 @@ class Preprocess:
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
             "crop_mode": self.crop_mode,
+            **({"fit": list(self.fit)} if self.fit else {}),
         }
 
     def _check(self) -> None:
-        if self.input_size[0] not in (1, 3) or min(self.input_size) < 1:
+        channels = (3, 4) if self.crop_mode == "fit" else (1, 3)
+        if self.input_size[0] not in channels or min(self.input_size) < 1:
             raise _unusable(f"input_size {list(self.input_size)} is not [1 or 3, height, width]")
         if not all(map(math.isfinite, self.mean)) or not all(math.isfinite(s) and s > 0 for s in self.std):
             raise _unusable("mean must be finite and std greater than 0")
@@ -107,6 +114,12 @@ class Preprocess:
             raise _unusable(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
         if self.crop_mode not in CROP_MODES:
             raise _unusable(f"crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
+        if (self.crop_mode == "fit") != (self.fit is not None) or (self.fit and min(self.fit) < 1):
+            raise _unusable(
+                "crop_mode fit needs fit: shortest edge, longest edge and a multiple, and no other mode does"
+            )
+        if self.fit and self.fit[1] > min(self.input_size[1:]):
+            raise _unusable(f"images of up to {self.fit[1]} pixels do not fit into {list(self.input_size[1:])}")
         if not (math.isfinite(self.crop_pct) and self.crop_pct > 0):
             raise _unusable(f"crop_pct {self.crop_pct} is not greater than 0")
 
@@ -152,11 +165,37 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """float32 [C, H, W] of a Pillow image of any mode and size."""
-        image = self._crop(self._resize(image.convert(self.image_mode)))
+        image = image.convert(self.image_mode)
+        if self.fit:
+            return self._fitted(image)
+        image = self._crop(self._resize(image))
         pixels = np.asarray(image, dtype=np.uint8).reshape(*self.input_size[1:], self.input_size[0])
+        return self._scaled(pixels)
+
+    def _scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, C] -> float32 [C, H, W], normalised."""
         scaled = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
         return np.ascontiguousarray((scaled - mean) / std)
+
+    def _fitted(self, image: Image.Image) -> np.ndarray:
+        width, height = self.content(image.size)
+        small = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        whole = np.zeros(self.input_size, np.float32)
+        whole[:3, :height, :width] = self._scaled(np.asarray(small, np.uint8))
+        whole[3:, :height, :width] = 1
+        return whole
+
+    def frame(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Width and height of the whole input in pixels of an image of this width and height, padding included."""
+        if not self.fit:
+            return size
+        width, height = self.content(size)
+        return size[0] * self.input_size[2] / width, size[1] * self.input_size[1] / height
+
+    def content(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that an image of this width and height takes up in the input; of ``fit``, else all of it."""
+        return fitted(size, *self.fit) if self.fit else (self.input_size[2], self.input_size[1])
 
     def _resize(self, image: Image.Image) -> Image.Image:
         target_h, target_w = (math.floor(edge / self.crop_pct) for edge in self.input_size[1:])
@@ -186,6 +225,24 @@ class Preprocess:
     def _fill(self) -> int | tuple[int, ...]:
         values = tuple(round(255 * v) if self.crop_mode == "border" else 0 for v in self.mean)
         return values if len(values) > 1 else values[0]
+
+
+def fitted(size: tuple[int, int], shortest: int, longest: int, multiple: int) -> tuple[int, int]:
+    """Width and height after the shorter edge became `shortest`, or the longer one `longest` where it would be larger.
+
+    As in the image processors of DETR and, with a multiple of 16, YOLOS in transformers.
+    """
+    width, height = size
+    small, large = min(size), max(size)
+    edge, exact = shortest, float(shortest)
+    if large / small * shortest > longest:
+        exact = longest * small / large
+        edge = round(exact)
+    if small == edge and multiple == 1:
+        return size
+    other = int(exact * large / small)
+    edge, other = (max(multiple, v - v % multiple) for v in (edge, other))
+    return (edge, other) if width < height else (other, edge)
 
 
 def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
