@@ -47,7 +47,7 @@ def find(
 
 
 def _rows(images: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for image in images:
         for n, entry in enumerate(image["detections"] or [{"class": "-", "score": None, "box": []}]):
             score = "" if entry["score"] is None else f"{100 * entry['score']:.1f} %"
