@@ -47,7 +47,7 @@ def find(
 
 
 def _rows(images: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for image in images:
         for n, entry in enumerate(image["detections"] or [{"class": "-", "score": None, "box": []}]):
             score = "" if entry["score"] is None else f"{100 * entry['score']:.1f} %"
@@ -62,7 +62,7 @@ def show_ap(metrics: dict[str, Any]) -> None:
     def of(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in metrics["classes"]:
         if entry["objects"]:
             b, a = entry["before"], entry["after"]
