@@ -62,7 +62,7 @@ def show_ap(metrics: dict[str, Any]) -> None:
     def of(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in metrics["classes"]:
         if entry["objects"]:
             b, a = entry["before"], entry["after"]

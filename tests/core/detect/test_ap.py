@@ -49,7 +49,9 @@ def test_own_ap_is_that_of_a_coco_evaluator(package, monkeypatch):
 def test_perfect_detections_have_ap_1_and_no_spread():
     scenes, _ = random_answers(20)
     most = max(len(s.kinds) for s in scenes)
-    scores, kinds, boxes = (np.zeros((20, most, *tail), t) for tail, t in (((), np.float32), ((), int), ((4,), np.float32)))
+    scores, kinds, boxes = (
+        np.zeros((20, most, *tail), t) for tail, t in (((), np.float32), ((), int), ((4,), np.float32))
+    )
     for n, s in enumerate(scenes):
         here = len(s.kinds)
         scores[n, :here], kinds[n, :here], kinds[n, here:] = 1, s.kinds, -1
