@@ -13,7 +13,7 @@ COLOURS = ((230, 40, 40), (40, 220, 40), (50, 50, 240), (235, 235, 235))
 SIDE = 32
 
 
-def _resnet(stages, **options):
+def _resnet(stages):
     from transformers import ResNetConfig
 
     return ResNetConfig(
@@ -22,12 +22,11 @@ def _resnet(stages, **options):
         depths=[1] * 4,
         layer_type="basic",
         out_features=stages,
-        **options,
     )
 
 
 def _detr_fields(**more):
-    common = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 6, "use_timm_backbone": False}
+    common = {"d_model": 32, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 6, "use_timm_backbone": False}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
     return {**common, **heads, "backbone": None, "use_pretrained_backbone": False, "num_labels": 4, **more}
 
