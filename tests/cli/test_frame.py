@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -48,9 +47,10 @@ def test_help_is_quick_and_loads_nothing_heavy():
     )
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()  # of the processor, which other tests beside this one do not lengthen
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        end = os.times()
+        seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
         assert done.returncode == 0, done.stderr
         assert "infer" in done.stdout
     assert min(seconds) < 0.5, seconds
