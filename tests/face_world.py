@@ -29,7 +29,7 @@ class FaceWorld:
 
 def image(person: int, rng: np.random.Generator) -> Image.Image:
     pattern = np.random.default_rng(100 + person).integers(0, 2, (4, 4)) * 110 + 50
-    pixels = np.kron(pattern, np.ones((4, 4))) + rng.normal(0, 15, (SIZE, SIZE))
+    pixels = np.kron(pattern, np.ones((4, 4))) + rng.normal(0, 30, (SIZE, SIZE))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

@@ -10,8 +10,10 @@ from gsforget.tasks.face.losses import (
     FORGET_WEIGHT,
     PUSH_WEIGHT,
     RETAIN_WEIGHT,
+    SCATTER_WEIGHT,
     FaceForgetting,
     prototypes,
+    together,
     without_direction,
 )
 
@@ -91,9 +93,11 @@ def test_gs_lora_pp_pushes_off_the_prototype_and_probes():
     assert deep.duel is not None
     mine = torch.nonzero(labels == 0).flatten()
     seen = Seen(z[mine] @ rows.T, z[mine])
-    near = PUSH_WEIGHT * CONCENTRATION * (z[mine] @ deep.directions[0]).relu().mean()
+    pairs = torch.combinations(torch.arange(len(mine)))
+    cosines = (z[mine][pairs[:, 0]] * z[mine][pairs[:, 1]]).sum(1)
+    near = PUSH_WEIGHT * (z[mine] @ deep.directions[0]).relu().mean() + SCATTER_WEIGHT * cosines.relu().mean()
     more = deep.losses(seen, mine, 0.0).forget - plain.losses(seen, mine, 0.0).forget
-    assert more.item() == pytest.approx(near.item(), rel=1e-4)
+    assert more.item() == pytest.approx(CONCENTRATION * near.item(), rel=1e-4)
     assert deep.losses(seen, mine, 4.0).forget > deep.losses(seen, mine, 1.0).forget
     assert deep.named(seen, mine).float().mean() > 0.9
 
@@ -106,3 +110,10 @@ def test_people_forgotten_earlier_are_nobodys_neighbours():
     others[torch.arange(len(z)), labels] = -1
     wanted = others[labels >= 2][:, 2:].amax(1).quantile(0.99)
     assert made.stranger == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_only_images_of_one_person_are_pushed_off_each_other():
+    z = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, -1]])
+    assert together(z, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0.5)  # pairs of cosine 1 and 0
+    assert together(z, torch.tensor([0, 1, 2, 0])).item() == 0  # opposite: no reward
+    assert together(z, torch.arange(4)).item() == 0  # no pair at all

@@ -7,7 +7,9 @@ to take the forgotten person for the retained one that looks most alike.  Where 
 retained person than strangers do, it is held off (`STRANGER`).
 
 GS-LoRA++ adds what it adds to classification: a push from the person's prototype, and what a linear probe could still
-tell of the forgotten people is taken away (`separability`), stage by stage deeper while it costs nothing.
+tell of the forgotten people is taken away (`separability`), stage by stage deeper while it costs nothing.  And images of one
+forgotten person in a batch are pushed off each other: to move a person to another place is easily learned, and two images
+would verify there as well as before.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from gsforget.tasks.face.model import FaceModel
 # All cosine losses are in units of CONCENTRATION nats, as of a von Mises-Fisher density around each target.
 CONCENTRATION = 16.0
 RETAIN_WEIGHT, FORGET_WEIGHT = 2.0, 1.0
-PUSH_WEIGHT = 1.0
+PUSH_WEIGHT, SCATTER_WEIGHT = 1.0, 1.0
 STRANGER_WEIGHT, STRANGER = 1.0, 0.99  # quantile of a retained image's cosines with other people's rows
 SEPARABILITY_WEIGHT = 0.05  # at depth 1, as for classification
 
@@ -133,13 +135,15 @@ class FaceObjective:
         return Losses(retain + forgotten, retain, forgotten)
 
     def _forgotten(self, cosines: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        """Towards the target, off retained people and, for GS-LoRA++, off the own prototype: mean over the images `rows`."""
+        """Towards the target, off retained people and, for GS-LoRA++, off the own prototype and off each other."""
         away = 1 - (z * self.targets[rows]).sum(1)
         near = cosines.index_fill(1, self.gone, -1.0).amax(1) - self.stranger
         total = FORGET_WEIGHT * away + STRANGER_WEIGHT * near.relu()
-        if self.separability is not None:
-            total = total + PUSH_WEIGHT * (z * self.directions[self.labels[rows]]).sum(1).relu()
-        return CONCENTRATION * _mean(total)
+        if self.separability is None:
+            return CONCENTRATION * _mean(total)
+        labels = self.labels[rows]
+        total = total + PUSH_WEIGHT * (z * self.directions[labels]).sum(1).relu()
+        return CONCENTRATION * (_mean(total) + SCATTER_WEIGHT * together(z, labels))
 
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])
@@ -149,6 +153,12 @@ class FaceObjective:
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         return self.separability.named(seen.features, self.labels[rows]) if self.separability else None
+
+
+def together(z: Tensor, labels: Tensor) -> Tensor:
+    """Mean positive cosine of two images of one person, over all such pairs of embeddings [B, d] with labels [B]."""
+    pairs = (labels[:, None] == labels[None]).triu(1)
+    return _mean((z @ z.T)[pairs].relu())
 
 
 def prototypes(embeddings: Tensor, labels: Tensor, identities: int) -> Tensor:
