@@ -43,7 +43,7 @@ def request(model: Path, data: Path, kinds: tuple[str, ...], out: Path, method: 
         "train_seconds": d["seconds"]["train"],
         "metrics": d["metrics"],
         "classes": m["classes"],
-        "every_query": m["detection"]["every_query"],
+        "every_query": {e["name"]: {k: e[k] for k in ("before", "after")} for e in m["detection"]["every_query"]},
         "detections": m["detection"]["detections"],
         "gates": {g["name"]: {k: g[k] for k in ("value", "bound", "threshold", "passed")} for g in d["gates"]},
         "groups": d["groups"],

@@ -323,6 +323,7 @@ def audit_model(
         max_probe_excess,
         trust_code,
         skip_corrupt,
+        with_images,
     )
     say = progress or (lambda _text: None)
     of_task = _audit_of_task(ask)

@@ -58,6 +58,7 @@ class Ask:
     max_probe_excess: float = 0.25
     trust_code: bool = False
     skip_corrupt: bool = False
+    with_images: bool = False
 
 
 @dataclass(frozen=True)

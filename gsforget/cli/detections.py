@@ -80,5 +80,5 @@ def show_ap(metrics: dict[str, Any]) -> None:
     least = counts["score_from"]
     said = f"Detections of forgotten kinds scored {least:g} or more: {gone['before']} before, {gone['after']} after."
     ranked = metrics["detection"]["every_query"]
-    hidden = "; ".join(f"{name} {v['before']:.1f} to {v['after']:.1f}" for name, v in ranked.items())
+    hidden = "; ".join(f"{v['name']} {v['before']:.1f} to {v['after']:.1f}" for v in ranked)
     say(f"{said} AP50 when every query is ranked, however low its score: {hidden}.")

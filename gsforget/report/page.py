@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.folder import write_file
-from gsforget.report import details, faces, facts, pictures, tables, verdict
+from gsforget.report import details, detections, faces, facts, pictures, tables, verdict
 from gsforget.report.markup import Html, moment, plural, tag
 from gsforget.report.pictures import Example
 from gsforget.report.privacy import clean, mask_name
@@ -87,6 +87,8 @@ def _sections(
     """(anchor, title, content) in reading order."""
     if audit.get("task") == "face":
         return _of_faces(audit, history)
+    if audit.get("task") == "detect":
+        return _of_detectors(audit, history, shown)
     made = [
         ("verdict", "Verdict", verdict.section(audit, history)),
         ("before-and-after", "Before and after", tables.before_and_after(audit)),
@@ -125,3 +127,22 @@ def _of_faces(audit: dict[str, Any], history: list[dict[str, Any]]) -> list[tupl
         ("glossary", "Glossary", facts.glossary()),
     ]
     return [section for section in made if section[0] != "every-class" or tables.is_long(audit)]
+
+
+def _of_detectors(
+    audit: dict[str, Any], history: list[dict[str, Any]], shown: Sequence[Example]
+) -> list[tuple[str, str, Html]]:
+    """Sections of a detector, whose answers are boxes."""
+    made = [
+        ("verdict", "Verdict", verdict.section(audit, history)),
+        ("average-precision", "What is still found", detections.average_precision(audit)),
+        ("every-query", "What the top of the list hides", detections.every_query(audit)),
+        ("checks", "The checks", tables.checks(audit)),
+        ("examples", "Boxes before and after", pictures.section(shown)),
+        ("requests", "Requests, and where the model changed", details.requests(history)),
+        ("not-tested", "What was not tested", facts.not_tested(audit)),
+        ("threats", "Threat model and limits", facts.threat_model(audit)),
+        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+        ("glossary", "Glossary", facts.glossary()),
+    ]
+    return [section for section in made if section[0] != "examples" or shown]

@@ -11,7 +11,7 @@ from pathlib import Path
 from gsforget.errors import RequestError
 from gsforget.report.markup import Html, number, tag
 
-SIZE = 160  # longest side in pixels
+SIZE, LARGE = 160, 256  # longest side in pixels; larger where there are boxes to read
 ROLES = {"forget": "Forgotten in this request", "old": "Forgotten earlier", "retain": "Retained"}
 
 
@@ -24,6 +24,7 @@ class Example:
         role: ``forget``, ``old`` or ``retain``.
         before, after: the class that was answered.
         before_score, after_score: its probability, 0 to 1.
+        after_image: a second picture, where the first shows what was found before, and this one what is found now.
     """
 
     image: Path | bytes
@@ -32,6 +33,7 @@ class Example:
     before_score: float | None
     after: str
     after_score: float | None
+    after_image: bytes | None = None
 
 
 def section(examples: Sequence[Example]) -> Html:
@@ -49,18 +51,19 @@ def _figure(example: Example) -> Html:
         share = tag("span", f"({number(100 * score, '%', 0)})", class_="whole") if score is not None else None
         return tag("div", f"{word}: ", tag("b", answer), " ", share)
 
-    picture = tag(
-        "img", src=_data_uri(example.image), alt=f"test image, {ROLES[example.role].lower()}", loading="eager"
-    )
+    shown = [example.image, *([example.after_image] if example.after_image else [])]
+    side = SIZE if len(shown) == 1 else LARGE
+    alt = f"test image, {ROLES[example.role].lower()}"
+    pictures = [tag("img", src=_data_uri(image, side), alt=alt, loading="eager") for image in shown]
     caption = tag(
         "figcaption",
         line("before", example.before, example.before_score),
         line("after", example.after, example.after_score),
     )
-    return tag("figure", picture, caption)
+    return tag("figure", *pictures, caption)
 
 
-def _data_uri(image: Path | bytes) -> str:
+def _data_uri(image: Path | bytes, side: int = SIZE) -> str:
     """The picture, made small and written anew as PNG: what a camera noted in the file (place, time) is not carried over."""
     from PIL import Image, ImageOps
 
@@ -70,7 +73,7 @@ def _data_uri(image: Path | bytes) -> str:
     except (OSError, ValueError) as error:
         name = "An example image" if isinstance(image, bytes) else str(image)
         raise RequestError(f"{name} cannot be read ({error}).", "Leave it out.", "bad_image") from error
-    small.thumbnail((SIZE, SIZE))
+    small.thumbnail((side, side))
     target = io.BytesIO()
     small.save(target, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"

@@ -1,7 +1,7 @@
 """Annotations in the format of COCO: found, read and checked, with one sentence for whatever does not fit.
 
 Each split has one JSON file and one folder of images.  The file is named by `--annotations`, a folder or two files, and
-is DIR/annotations unless told otherwise; `train.json` goes with DIR/train, and `instances_train2017.json` with
+is DIR/annotations, or DIR itself, unless told otherwise; `train.json` goes with DIR/train, and `instances_train2017.json` with
 DIR/train2017 (or DIR/images/train2017).  What is measured is `test`, or else `val`.
 """
 
@@ -87,8 +87,9 @@ def category_names(root: Path, annotations: str | None) -> list[str]:
 
 
 def _find_files(root: Path, annotations: str | None) -> tuple[Path, Path]:
-    given = [part.strip() for part in (annotations or "annotations").split(",") if part.strip()]
-    paths = [Path(part) if Path(part).exists() else root / part for part in given]
+    usual = "annotations" if (root / "annotations").is_dir() else "."
+    given = [part.strip() for part in (annotations or usual).split(",") if part.strip()]
+    paths = [root / part if (root / part).exists() else Path(part) for part in given]
     if len(paths) == 2:
         for path in paths:
             if not path.is_file():

@@ -177,9 +177,9 @@ def _gates(
     ]
 
 
-def _every_query(f: Figures, seen: Seen) -> dict[str, dict[str, float]]:
+def _every_query(f: Figures, seen: Seen) -> list[dict[str, Any]]:
     """AP50 of gone kinds when each query's score for the kind is ranked, however low: what the top of the list hides."""
-    figures = {}
+    figures = []
     for k in [*f.forget, *f.old]:
         if k not in f.kinds:
             continue
@@ -191,7 +191,7 @@ def _every_query(f: Figures, seen: Seen) -> dict[str, dict[str, float]]:
             boxes = np.take_along_axis(to_corners(answers.more["boxes"].float().numpy()), order[..., None], 1)
             ranked = Found(np.take_along_axis(scores, order, 1), np.full(order.shape, k), boxes)
             found.append(100 * float(match(ranked, f.scenes, k).ap()[0]))
-        figures[f.source.names[k]] = {"before": found[0], "after": found[1]}
+        figures.append({"name": f.source.names[k], "before": found[0], "after": found[1]})
     return figures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from gsforget.export.device.preprocess import Preprocess
 from gsforget.material import Material
 from gsforget.request import Request
 from gsforget.tasks.base import Load, Measured, Plan, Seen
-from gsforget.tasks.detect.coco import Scene, SceneFolder
+from gsforget.tasks.detect.coco import Scene, SceneFolder, category_names, open_scenes
 from gsforget.tasks.detect.evidence import Figures, check_plausible, measured
 from gsforget.tasks.detect.families import family_of
 from gsforget.tasks.detect.losses import Detection, Targets, feed_forward_of
@@ -26,6 +27,7 @@ from gsforget.tasks.detect.models import build_detector, reader
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gsforget.audit.case import Ask, Devices
     from gsforget.source import Source
     from gsforget.training import Trained
 
@@ -35,6 +37,21 @@ MOST_BYTES = 2**31  # of what is kept
 
 
 networks = feed_forward_of
+
+
+def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """See `gsforget.tasks.base.Kind`."""
+    from gsforget.tasks.detect.audit import audit as look
+
+    return look(ask, devices, out, say)
+
+
+def open_data(
+    root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+) -> SceneFolder:
+    """See `gsforget.tasks.base.Kind`; annotations are where `open_scenes` looks for them by itself."""
+    del optional, never_seen
+    return open_scenes(root, None, names if names is not None else category_names(root, None))
 
 
 def open_source(
@@ -78,6 +95,7 @@ class DetectStudy:
         self.warnings: list[str] = []
         self.train, self.scenes = self._open(data, self._chosen(data.train.scenes), load)
         self.test, self.tested = self._open_split(data.test.scenes, load)
+        self.annotations = ",".join(str(split.annotations.resolve()) for split in (data.train, data.test))
         self.manifests = {"train": data.train.sha256, "test": data.test.sha256}
         for split in (data.train, data.test):
             if split.dropped:
@@ -221,7 +239,8 @@ class DetectStudy:
 
     def after(self, seen: Seen, trained: Trained) -> Measured:
         del trained
-        return processes.from_first(lambda: measured(self.figures, seen))
+        found = processes.from_first(lambda: measured(self.figures, seen))
+        return replace(found, in_request={"annotations": self.annotations})
 
 
 def check_options(request: Request) -> None:

@@ -9,6 +9,8 @@ import gsforget
 from gsforget.folder import load_model, read_config
 from gsforget.training import Settings
 
+pytestmark = pytest.mark.slow  # a minute and a half: the detector is trained, two kinds forgotten
+
 
 @pytest.fixture(scope="module")
 def chain(trained, squares, tmp_path_factory):
@@ -52,6 +54,20 @@ def test_the_documents_say_what_was_measured(chain):
     assert any("features" in note for note in d["not_tested"])
     assert read_config(second.folder).forgotten == (0, 2)
     assert read_config(second.folder).class_names == ["forgotten-0", "green", "forgotten-2", "white"]
+
+
+def test_an_audit_shows_ap_per_kind_and_boxes_and_no_erased_name(chain, squares, tmp_path):
+    _, second = chain
+    document = gsforget.audit_model(second.folder, squares, with_images=True, out=tmp_path)
+    checks = {c["name"]: c["verdict"] for c in document["checks"]}
+    assert document["verdict"] == "pass"
+    assert checks == dict.fromkeys(("forget_ap50", "retain_ap_drop", "class_ap_drop", "old_ap50"), "pass")
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "audit.json").read_text()
+    for name in ("red", "blue"):
+        assert f">{name}<" not in page
+        assert f'"{name}"' not in text
+    for part in ("What is still found", "forgotten-0", "forgotten-2", "green", "AP50, before", "data:image/png;base64"):
+        assert part in page
 
 
 def test_the_exported_file_and_infer(chain, squares, tmp_path):
