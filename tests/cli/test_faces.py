@@ -216,3 +216,37 @@ def test_infer_refuses_what_makes_no_sense(face_world, cli, tmp_path):
     np.savez(tmp_path / "y.npz", names=np.array([{"a": 1}], dtype=object))  # a pickle inside
     found = cli(tmp_path, "infer", face_world.model, image, "--gallery", tmp_path / "y.npz", "--device", "cpu")
     assert (found.status, found.document["error"]["kind"]) == (2, "bad_gallery")
+
+
+def test_the_audit_of_a_run_and_its_page(run, face_world, cli):
+    cwd, _ = run
+    found = cli(cwd, "audit", "runs/forget-0001", "--data", face_world.data, "--device", "cpu")
+    document = found.document
+    names = {c["name"] for c in document["checks"]}
+    assert names >= {"forget_acc", "retain_drop", "forget_tar", "retain_tar_drop", "misattribution"}
+    assert found.status == (3 if document["verdict"] == "fail" else 0)
+    assert document["details"]["face"]["forget"]["after"]["tar"]["count"] == 45
+    page = (cwd / "runs" / "forget-0001" / "audit" / "report.html").read_text()
+    stored = (cwd / "runs" / "forget-0001" / "audit" / "audit.json").read_text()
+    for heading in ("Does the person still verify?", "Whom a forgotten person is taken for", "Galleries and templates"):
+        assert heading in page
+    for heading in ("What the features show", "Likeness to the original, block by block"):
+        assert heading not in page
+    assert "bob" not in page + stored
+    assert "forgotten-1" in page
+
+
+def test_an_audit_of_a_model_that_forgot_nobody(face_world, cli, tmp_path):
+    refused = cli(tmp_path, "audit", face_world.model, "--data", face_world.data, "--device", "cpu")
+    assert (refused.status, refused.document["error"]["kind"]) == (2, "nothing_forgotten")
+    here = cli(tmp_path, "audit", face_world.model, "--data", face_world.data, "--classes", "bob", "--device", "cpu")
+    assert here.status == 3  # who was never asked to be forgotten is not
+    assert here.document["original"] is None
+    assert not any(c["name"] == "retain_tar_drop" for c in here.document["checks"])
+
+
+def test_servers_refuse_embedding_models(exported, tmp_path, cli):
+    cwd, found = exported
+    file = cwd / found.document["artifacts"][0]["path"]
+    said = cli(tmp_path, "infer", file, "--watch", tmp_path)
+    assert (said.status, said.document["error"]["kind"]) == (2, "not_served")
