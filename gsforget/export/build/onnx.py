@@ -222,11 +222,27 @@ def _simplify(model: ir.Model, names: Any) -> None:
         optimize_ir(model)
     finally:
         log.setLevel(level)
+    _register_constants(graph)
     for name, value in parked.items():
         graph.inputs.remove(value)
         if value.uses() or value.is_graph_output():
             value.const_value = values[name]
             graph.initializers.add(value)
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Make constants that a rewrite has put into nodes, and not into the graph, initializers of their own."""
+    known = {*graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        for value in node.inputs:
+            if value is None or value in known or value.producer() is not None or value.const_value is None:
+                continue
+            stem, n = value.name or "constant", 1
+            while value.name is None or value.name in graph.initializers:  # the rewrite gives one name to several
+                n += 1
+                value.name = f"{stem}_{n}"
+            graph.initializers.add(value)
+            known.add(value)
 
 
 def _forget_traces(model: ir.Model) -> None:

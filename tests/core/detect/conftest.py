@@ -43,6 +43,7 @@ def deformable():
 
     stages = ["stage2", "stage3", "stage4"]
     fields = _detr_fields(encoder_layers=1, decoder_layers=2, backbone_config=_resnet(stages), with_box_refine=True)
+    fields["d_model"] = 64  # its group norm has 32 groups, and a level of one pixel
     return DeformableDetrForObjectDetection(DeformableDetrConfig(**fields))
 
 
@@ -99,13 +100,29 @@ def save_detector(model, folder: Path, processor: dict) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unselective(tmp_path_factory) -> Path:
+    """An RT-DETR with random weights whose queries are all places: rounding cannot choose others."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("unselective") / "rt_detr"
+    return save_detector(_shaken(rt_detr(queries=21)), folder, PROCESSORS["rt_detr"])
+
+
+def _shaken(model):
+    """In eval mode, with random weights everywhere: heads start from zero, which makes all queries equal."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
 def detectors(tmp_path_factory) -> dict[str, Path]:
     """A folder as transformers writes it, of each family, with random weights."""
     root = tmp_path_factory.mktemp("detectors")
     folders = {}
     for n, (kind, build) in enumerate(BUILDERS.items()):
         torch.manual_seed(n)
-        folders[kind] = save_detector(build().eval(), root / kind, PROCESSORS[kind])
+        folders[kind] = save_detector(_shaken(build()), root / kind, PROCESSORS[kind])
     return folders
 
 
