@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PROSE = ("says", "not_tested", "note", "reason", "hint", "message", "warnings")
-NAMES = ("name", "class")
+NAMES = ("name", "class", "person", "taken_for")
 PATHS = ("subject", "original")
 PLACES = (("data", "root"), ("reference", "path"))
 # An absolute path of POSIX or Windows, not preceded by something that makes it part of a word or an address.

@@ -14,6 +14,7 @@ from gsforget.tasks.face.losses import (
     FaceForgetting,
     prototypes,
     together,
+    verified_at,
     without_direction,
 )
 
@@ -69,7 +70,7 @@ def test_nothing_is_lost_where_it_should_be():
     assert at_ideal.retain.item() == pytest.approx(0, abs=1e-4)
     assert at_ideal.forget < 0.2 * at_first.forget
     away = 1 - (z * made.targets).sum(1)[labels == 0]
-    near = ((z @ rows.T)[labels == 0, 1:].amax(1) - made.stranger).relu()
+    near = ((z @ rows.T)[labels == 0].amax(1) - made.stranger).relu()
     wanted = CONCENTRATION * (FORGET_WEIGHT * away + near).mean()
     assert at_first.forget.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -95,7 +96,9 @@ def test_gs_lora_pp_pushes_off_the_prototype_and_probes():
     seen = Seen(z[mine] @ rows.T, z[mine])
     pairs = torch.combinations(torch.arange(len(mine)))
     cosines = (z[mine][pairs[:, 0]] * z[mine][pairs[:, 1]]).sum(1)
-    near = PUSH_WEIGHT * (z[mine] @ deep.directions[0]).relu().mean() + SCATTER_WEIGHT * cosines.relu().mean()
+    at = deep.verified
+    near = PUSH_WEIGHT * (z[mine] @ deep.directions[0] - at).relu().mean()
+    near += SCATTER_WEIGHT * (cosines - at).relu().mean()
     more = deep.losses(seen, mine, 0.0).forget - plain.losses(seen, mine, 0.0).forget
     assert more.item() == pytest.approx(CONCENTRATION * near.item(), rel=1e-4)
     assert deep.losses(seen, mine, 4.0).forget > deep.losses(seen, mine, 1.0).forget
@@ -114,6 +117,13 @@ def test_people_forgotten_earlier_are_nobodys_neighbours():
 
 def test_only_images_of_one_person_are_pushed_off_each_other():
     z = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, -1]])
-    assert together(z, torch.tensor([0, 0, 1, 1])).item() == pytest.approx(0.5)  # pairs of cosine 1 and 0
-    assert together(z, torch.tensor([0, 1, 2, 0])).item() == 0  # opposite: no reward
-    assert together(z, torch.arange(4)).item() == 0  # no pair at all
+    assert together(z, torch.tensor([0, 0, 1, 1]), 0.2).item() == pytest.approx(0.4)  # pairs of cosine 1 and -1
+    assert together(z, torch.tensor([0, 1, 2, 0]), 0.2).item() == 0  # far apart: no reward
+    assert together(z, torch.arange(4), 0.2).item() == 0  # no pair at all
+
+
+def test_the_cosine_that_counts_as_verified():
+    z, labels, _ = embedded()
+    cosines = (z @ z.T)[(labels[:, None] != labels[None]).triu(1)]
+    assert verified_at(z, labels) == pytest.approx(max(0, cosines.max().item()))
+    assert verified_at(z, torch.zeros_like(labels)) == 0  # one person alone
