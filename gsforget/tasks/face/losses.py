@@ -6,10 +6,10 @@ images of the person no longer verify, and they are no other person's, unlike ma
 to take the forgotten person for the retained one that looks most alike.  Off everybody's row of the head it is held, the
 person's own as well, as soon as it lies closer to it than strangers do (`STRANGER`).
 
-GS-LoRA++ adds what it adds to classification: a push from the person's prototype, until an image no longer verifies, and what a linear probe could still
-tell of the forgotten people is taken away (`separability`), stage by stage deeper while it costs nothing.  And images of one
-forgotten person in a batch are pushed off each other: to move a person to another place is easily learned, and two images
-would verify there as well as before.
+GS-LoRA++ adds what it adds to classification: a push from the person's prototype, until an image no longer verifies, and
+what a linear probe could still tell of the forgotten people is taken away (`separability`), stage by stage deeper while it
+costs nothing.  And images of one forgotten person in a batch are pushed off each other: to move a person to another place
+is easily learned, and two images would verify there as well as before.
 
 The weights were chosen on the first seed of one stand-in, see `benchmarks/faces.py`.
 """
