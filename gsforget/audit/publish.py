@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,24 @@ class Places:
 
 
 def places(case: Case, out: Path | None) -> Places:
+    """Where the files of an audit go, see `places_of`; those of an exported file carry its name.
+
+    Raises RequestError as `places_of`.
+    """
+    sides = [side.path for side in (case.side, case.original, case.reference) if side]
+    return places_of(case.run, sides, out, f"-{case.side.path.stem}" if case.kind in ("onnx", "engine") else "")
+
+
+def places_of(run: Path | None, sides: Sequence[Path], out: Path | None, suffix: str = "") -> Places:
     """Where the files of an audit go.
 
     A run's audit is `RUN/audit/audit.json` and `report.html`, which the newest audit replaces; an exported file's carries
-    the name of the file, `audit-model-0001-fp32.json`.  ``out`` is a folder, or a file that ends in .json.
+    the name of the file, `audit-model-0001-fp32.json`.
+
+    Args:
+        run: that was audited; None for what is none.
+        sides: models and files that were looked at; nothing is written into a model's folder.
+        out: a folder, or a file that ends in .json.
 
     Raises:
         RequestError: ``out_in_original``, ``bad_out``, ``out_not_writable``.
@@ -41,30 +56,27 @@ def places(case: Case, out: Path | None) -> Places:
     if out is not None:
         is_file = out.suffix.lower() == ".json" and not out.is_dir()
         folder = out.parent if is_file else out
-        _check(case, folder)
+        _check(run, sides, folder)
         return (
             Places(out, out.with_suffix(".html")) if is_file else Places(folder / "audit.json", folder / "report.html")
         )
-    if case.run is None:
+    if run is None:
         return Places(None, None)
-    suffix = f"-{case.side.path.stem}" if case.kind in ("onnx", "engine") else ""
-    folder = case.run / "audit"
+    folder = run / "audit"
     check_writable(folder)
     return Places(folder / f"audit{suffix}.json", folder / f"report{suffix}.html")
 
 
-def _check(case: Case, folder: Path) -> None:
-    for side in (case.side, case.original, case.reference):
-        model = side.path.resolve() if side and side.path.is_dir() else None
-        if model is None or model not in (folder.resolve(), *folder.resolve().parents):
+def _check(run: Path | None, sides: Sequence[Path], folder: Path) -> None:
+    there = folder.resolve()
+    for side in sides:
+        model = side.resolve() if side.is_dir() else None
+        if model is None or model not in (there, *there.parents):
             continue
-        run = case.run.resolve() if case.run else None
-        if model == run and (model / "audit") in (folder.resolve(), *folder.resolve().parents):
+        if run is not None and model == run.resolve() and (model / "audit") in (there, *there.parents):
             continue
         raise RequestError(
-            f"{folder} lies in {side.path if side else model}, whose files never change.",
-            "Name another folder: --out DIR.",
-            "out_in_original",
+            f"{folder} lies in {side}, whose files never change.", "Name another folder: --out DIR.", "out_in_original"
         )
     if folder.exists() and not folder.is_dir():
         raise RequestError(
@@ -74,6 +86,16 @@ def _check(case: Case, folder: Path) -> None:
 
 
 def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -> None:
+    """See `write_files`; with example images where they are asked for."""
+    write_files(places, document, e.case.run, lambda: examples(e) if images else None)
+
+
+def write_files(
+    places: Places,
+    document: dict[str, Any],
+    run: Path | None,
+    examples: Callable[[], list[Any] | None] = lambda: None,
+) -> None:
     """Write the page, then the document beside it; each file is whole or not there, and neither names erased classes.
 
     The document's ``artifacts`` say where they are.
@@ -85,8 +107,8 @@ def write(places: Places, document: dict[str, Any], e: Evidence, images: bool) -
 
     places.audit.parent.mkdir(parents=True, exist_ok=True)
     document["artifacts"] = {"audit": str(places.audit), "report": str(places.report)}
-    history = read_history(e.case.run) if e.case.run else []
-    write_report(places.report, plain(document), history, examples(e) if images else None)
+    history = read_history(run) if run else []
+    write_report(places.report, plain(document), history, examples())
     write_file(places.audit, json.dumps(shown(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsforget import __version__
-from gsforget.audit.audit import versions
-from gsforget.audit.checks import Check, of_gate, overall, unknown
-from gsforget.audit.publish import plain, shown
-from gsforget.classes import resolve_classes
-from gsforget.errors import RequestError
+from gsforget.audit.checks import Check, of_gate, unknown
+from gsforget.audit.folder import FolderAudit
 from gsforget.export.device.detections import Found, describe
-from gsforget.folder import WEIGHTS, sha256, write_file
-from gsforget.lineage import ancestors, read_request
+from gsforget.lineage import read_request
 from gsforget.predict import pick_device
 from gsforget.request import Request
-from gsforget.source import Source, load_source
+from gsforget.source import Source
 from gsforget.tasks.detect.coco import SceneFolder
 from gsforget.tasks.detect.evidence import Figures, measured
 from gsforget.tasks.detect.kind import DetectStudy
@@ -44,6 +37,7 @@ SAYS = {
     "class_ap_drop": "The same of the retained kind that lost most",
 }
 NO_ORIGINAL = "the model before the forgetting is not at hand (--original FOLDER)"
+NOTHING = "From this detector nothing was forgotten by gsforget.", "Say what it should not find: --classes A,B."
 NOT_TESTED = (
     "attacks with the weights: relearning, probes on queries and inner layers, adversarial inputs, and what copies, caches and "
     "back-ups of model and images still hold"
@@ -66,47 +60,28 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
     assert ask.target is not None
     where = read_request(ask.target).get("annotations")
     subject, scenes, load = open_detector(ask.target, ask.data, where)
-    forget, old = _asked(ask, subject)
-    original = _original(ask)
+    case = FolderAudit(ask, subject, NOTHING, start)
     say("looking at the test images")
-    studies = [_study(s, scenes, load, ask) for s in (subject, *([original] if original else []))]
+    studies = [_study(s, scenes, load, ask) for s in case.sides]
     seen = [study.look() for study in studies]
     say("judging")
     study = studies[0]
-    retained = [k for k in range(len(subject.names)) if k not in (*forget, *old)]
     request = Request([], Settings(seed=ask.seed))
-    figures = Figures(subject, request, study.family, study.tested, forget, retained, old, seen[-1])
+    figures = Figures(subject, request, study.family, study.tested, case.forget, case.retained, case.old, seen[-1])
     found = measured(figures, seen[0])
-    made = _checks(found.gates, original is not None)
-    document = {
-        "gsforget": __version__,
-        "task": "detect",
-        "tier": ask.tier,
-        "kind": "run" if read_request(ask.target) else "model",
-        "subject": str(ask.target),
-        "original": str(original.folder) if original else None,
-        "reference": None,
-        "sha256": {
-            "model": sha256(ask.target / WEIGHTS),
-            "original": sha256(original.folder / WEIGHTS) if original and original.folder else None,
-            "reference": None,
-        },
-        "sequence": subject.sequence,
-        "data": {"root": str(scenes.root), "train_sha256": scenes.train.sha256, "test_sha256": scenes.test.sha256},
-        "seed": ask.seed,
-        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "versions": versions(),
-        "device": str(pick_device(ask.device)),
-        "classes": [_class(c, original is not None) for c in found.classes],
-        "audited": [*forget, *old],
-        "checks": [c.to_json() for c in made],
-        "details": {"detection": found.sections["detection"]},
-        "not_tested": [*found.not_tested, NOT_TESTED],
-        "verdict": overall(made),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    drawn = _examples(figures, found_by(seen[0], study.family), ask.seed) if ask.with_images else None
-    _write(ask.target, out, document, drawn)
+    compared = case.original is not None
+    made = _checks(found.gates, compared)
+    document = case.document(
+        made,
+        task="detect",
+        reference=None,
+        data={"root": str(scenes.root), "train_sha256": scenes.train.sha256, "test_sha256": scenes.test.sha256},
+        classes=[_class(c, compared) for c in found.classes],
+        details={"detection": found.sections["detection"]},
+        not_tested=[*found.not_tested, NOT_TESTED],
+    )
+    after = found_by(seen[0], study.family)
+    case.write(document, out, lambda: _examples(figures, after, ask.seed) if ask.with_images else None)
     return document
 
 
@@ -118,28 +93,6 @@ def _study(source: Source, scenes: SceneFolder, load: Any, ask: Ask) -> DetectSt
     study = DetectStudy(source, scenes, request, load, device)
     source.model.to(device).eval()
     return study
-
-
-def _original(ask: Ask) -> Source | None:
-    """The model before the forgetting: the one named, else the oldest of the chain whose weights are there."""
-    assert ask.target is not None
-    there = [a.path for a in ancestors(ask.target) if a.weights and a.path is not None]
-    folder = ask.original or (there[-1] if there else None)
-    return load_source(str(folder), trust_code=ask.trust_code) if folder else None
-
-
-def _asked(ask: Ask, subject: Source) -> tuple[list[int], list[int]]:
-    """Indices of the newest request and of earlier ones; for a model that is no run, those under --classes."""
-    erased = sorted(subject.erased)
-    named = resolve_classes(list(ask.classes), subject.names, {}) if ask.classes else []
-    forget = named or [int(k) for k in (read_request(ask.target) if ask.target else {}).get("indices", [])]
-    if not forget:
-        raise RequestError(
-            "From this detector nothing was forgotten by gsforget.",
-            "Say what it should not find: --classes A,B.",
-            "nothing_forgotten",
-        )
-    return forget, [k for k in erased if k not in forget]
 
 
 def _checks(gates: Any, compared: bool) -> list[Check]:
@@ -177,19 +130,3 @@ def _examples(f: Figures, after: Found, seed: int) -> list[Example]:
                 counts.append(f"{len(listed)} found")
             made.append(Example(pictures[0], role, counts[0], None, counts[1], None, pictures[1]))
     return made
-
-
-def _write(run: Path, out: Path | None, document: dict[str, Any], examples: list[Example] | None) -> None:
-    """audit.json and report.html in the run, or in `out`; nothing for a model folder that is no run."""
-    from gsforget.report import read_history, write_report
-
-    folder = out or (run / "audit" if document["kind"] == "run" else None)
-    document["artifacts"] = {}
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    document["artifacts"] = {"audit": str(folder / "audit.json"), "report": str(folder / "report.html")}
-    history = read_history(run) if document["kind"] == "run" else []
-    write_report(folder / "report.html", plain(document), history, examples)
-    text = json.dumps(shown(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "audit.json", text + "\n")

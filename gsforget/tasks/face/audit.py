@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from gsforget import __version__
-from gsforget.audit.audit import versions
-from gsforget.audit.checks import UNCOMPARED, Check, of_gate, overall, unknown
-from gsforget.audit.publish import plain, shown
-from gsforget.classes import resolve_classes
+from gsforget.audit.checks import UNCOMPARED, Check, of_gate, unknown
+from gsforget.audit.folder import FolderAudit
 from gsforget.data import ImageFolder, ImageSet, Split, manifest_sha256
-from gsforget.errors import RequestError
-from gsforget.folder import WEIGHTS, sha256, write_file
 from gsforget.gates import evaluate_gates
-from gsforget.lineage import ancestors, read_request
 from gsforget.metrics import per_class
 from gsforget.predict import pick_device
 from gsforget.source import Source, load_source
@@ -32,6 +23,7 @@ if TYPE_CHECKING:
     from gsforget.audit.case import Ask, Devices
 
 BATCH = 256
+NOBODY = "From this model nobody was forgotten by gsforget.", "Say whom it should not know: --classes A,B."
 NOT_TESTED = (
     "attacks with the weights: relearning, probes on inner layers, reconstruction of faces, adversarial inputs, and what "
     "copies, caches and back-ups of model and images still hold"
@@ -47,81 +39,35 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
     Raises:
         RequestError: arguments or data do not fit; ``faces_need_a_folder`` for an exported file.
     """
-    start = time.perf_counter()
     assert ask.target is not None
-    subject = load_source(str(ask.target), trust_code=ask.trust_code)
-    original = _original(ask)
+    case = FolderAudit(ask, load_source(str(ask.target), trust_code=ask.trust_code), NOBODY)
+    subject, forget, old, retained = case.subject, case.forget, case.old, case.retained
     data = open_data(ask.data, subject.names, list(subject.erased.values()), ask.never_seen)
     strange = strangers(data, subject.names, ask.never_seen)
-    forget, old = _asked(ask, subject)
     say("embedding the test images")
-    sides = [_embedded(s, data, strange, ask, devices) for s in (subject, *([original] if original else []))]
+    sides = [_embedded(s, data, strange, ask, devices) for s in case.sides]
     names = [*subject.names, *strange]
-    retained = [k for k in range(len(subject.names)) if k not in (*forget, *old)]
     new = list(range(len(subject.names), len(names)))
     groups = {"forget": forget, "retain": retained, "old": old, "never_seen": new}
     say("comparing pairs")
     found = [open_set(People(e, ids, groups)) for e, ids, _ in sides]
     figures = FaceFigures(found[-1], found[0], names)
-    made = _checks(figures, sides, groups, original is not None)
-    document = {
-        "gsforget": __version__,
-        "task": "face",
-        "tier": ask.tier,
-        "kind": "run" if read_request(ask.target) else "model",
-        "subject": str(ask.target),
-        "original": str(original.folder) if original else None,
-        "reference": {"kind": "classes", "classes": strange, "path": str(ask.target)} if new else None,
-        "sha256": {
-            "model": sha256(ask.target / WEIGHTS),
-            "original": sha256(original.folder / WEIGHTS) if original and original.folder else None,
-            "reference": None,
-        },
-        "sequence": subject.sequence,
-        "data": {
+    made = _checks(figures, sides, groups, case.original is not None)
+    document = case.document(
+        made,
+        task="face",
+        reference={"kind": "classes", "classes": strange, "path": str(ask.target)} if new else None,
+        data={
             "root": str(data.root),
             "train_sha256": None,
             "test_sha256": manifest_sha256(data.test, data.test_sha256),
         },
-        "seed": ask.seed,
-        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "versions": versions(),
-        "device": str(pick_device(ask.device)),
-        "classes": _classes(sides, subject.names, groups),
-        "audited": [*forget, *old],
-        "checks": [c.to_json() for c in made],
-        "details": {"face": figures.to_json()},
-        "not_tested": [FACES, *figures.not_tested()[1:], GALLERY, NOT_TESTED],
-        "verdict": overall(made),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    _write(ask.target, out, document)
+        classes=_classes(sides, subject.names, groups),
+        details={"face": figures.to_json()},
+        not_tested=[FACES, *figures.not_tested()[1:], GALLERY, NOT_TESTED],
+    )
+    case.write(document, out)
     return document
-
-
-def _original(ask: Ask) -> Source | None:
-    """The model before the forgetting: the one named, else the oldest of the chain whose weights are there."""
-    assert ask.target is not None
-    there = [a.path for a in ancestors(ask.target) if a.weights and a.path is not None]
-    folder = ask.original or (there[-1] if there else None)
-    return load_source(str(folder), trust_code=ask.trust_code) if folder else None
-
-
-def _asked(ask: Ask, subject: Source) -> tuple[list[int], list[int]]:
-    """Indices of the newest request and of earlier ones; for a model that is no run, those under --classes."""
-    erased = sorted(subject.erased)
-    if ask.classes:
-        forget = resolve_classes(list(ask.classes), subject.names, {})
-        return forget, [k for k in erased if k not in forget]
-    request = read_request(ask.target) if ask.target else {}
-    forget = [int(k) for k in request.get("indices", [])]
-    if not forget:
-        raise RequestError(
-            "From this model nobody was forgotten by gsforget.",
-            "Say whom it should not know: --classes A,B.",
-            "nothing_forgotten",
-        )
-    return forget, [k for k in erased if k not in forget]
 
 
 def _embedded(
@@ -202,19 +148,3 @@ def _classes(sides: list[Any], names: list[str], groups: dict[str, list[int]]) -
         }
         for k in range(len(names))
     ]
-
-
-def _write(run: Path, out: Path | None, document: dict[str, Any]) -> None:
-    """audit.json and report.html in the run, or in `out`; nothing for a model folder that is no run."""
-    from gsforget.report import read_history, write_report
-
-    folder = out or (run / "audit" if document["kind"] == "run" else None)
-    document["artifacts"] = {}
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    document["artifacts"] = {"audit": str(folder / "audit.json"), "report": str(folder / "report.html")}
-    history = read_history(run) if document["kind"] == "run" else []
-    write_report(folder / "report.html", plain(document), history, None)
-    text = json.dumps(shown(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_file(folder / "audit.json", text + "\n")
