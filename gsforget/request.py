@@ -6,7 +6,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
 
@@ -89,13 +89,23 @@ def check_sample_mode(request: Request) -> None:
         "--reference": request.reference,
         "--never-seen": request.never_seen,
     }
+    refuse(
+        asked,
+        "{} is about whole classes; single images are judged by membership.",
+        "Leave out {} with --sample-mode.",
+        "sample_probe",
+    )
+
+
+def refuse(asked: dict[str, Any], message: str, hint: str, kind: str) -> None:
+    """RequestError where an option was given that a task has no use for.
+
+    Args:
+        asked: what was given, by option; message, hint: with {} for the first of them.
+    """
     option = next((name for name, given in asked.items() if given), None)
     if option:
-        raise RequestError(
-            f"{option} is about whole classes; single images are judged by membership.",
-            f"Leave out {option} with --sample-mode.",
-            "sample_probe",
-        )
+        raise RequestError(message.format(option), hint.format(option), kind)
 
 
 def check_method(method: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.audit.in_run import Prober
-    from gsforget.lora.blocks import FeedForward
     from gsforget.training import Trained
 
 EVAL_BATCH = 256
-open_source = from_timm  # see `gsforget.tasks.base.Kind`
+open_source, networks = from_timm, find_feed_forward  # see `gsforget.tasks.base.Kind`
 
 
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> ClassifyStudy:
@@ -50,11 +49,6 @@ def open_data(
 ) -> ImageFolder:
     """See `gsforget.tasks.base.Kind`."""
     return scan(root, names, optional, True, never_seen)
-
-
-def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
-    """See `gsforget.tasks.base.Kind`."""
-    return find_feed_forward(model, example)
 
 
 def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
@@ -243,10 +237,14 @@ class ClassifyStudy:
 
     def _logits_of(self, images: ImageSet, rows: NDArray[np.int64]) -> Tensor:
         """Logits of images at `rows`, float32 [len(rows), K], on the CPU."""
+        return self._outputs_of(images, rows, lambda pixels: as_logits(self.source.model(pixels)))
 
-        def logits(share: Tensor) -> list[Tensor]:
-            return [as_logits(self.source.model(images.batch(share).to(self.device))).float()]
+    def _outputs_of(self, images: ImageSet, rows: NDArray[np.int64], run: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `run` makes of images at `rows`, float32 [len(rows), …], on the CPU; each process runs its share."""
+
+        def outputs(share: Tensor) -> list[Tensor]:
+            return [run(images.batch(share).to(self.device)).float()]
 
         pieces = torch.from_numpy(rows).split(EVAL_BATCH)
         with torch.inference_mode():
-            return torch.cat([processes.gather_rows(logits, p)[0].cpu() for p in pieces])
+            return torch.cat([processes.gather_rows(outputs, p)[0].cpu() for p in pieces])

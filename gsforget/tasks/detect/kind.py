@@ -16,7 +16,7 @@ from gsforget.data import ImageSet, Split, split_validation
 from gsforget.errors import RequestError
 from gsforget.export.device.preprocess import Preprocess
 from gsforget.material import Material
-from gsforget.request import Request
+from gsforget.request import Request, refuse
 from gsforget.tasks.base import Load, Measured, Plan, Seen
 from gsforget.tasks.detect.coco import Scene, SceneFolder, category_names, open_scenes
 from gsforget.tasks.detect.evidence import Figures, check_plausible, measured
@@ -252,13 +252,12 @@ def check_options(request: Request) -> None:
         "--never-seen": request.never_seen,
         "--max-probe-excess": request.thresholds.max_probe_excess is not None,
     }
-    option = next((name for name, given in asked.items() if given), None)
-    if option:
-        raise RequestError(
-            f"{option} is about whole images, and a detector forgets kinds of objects.",
-            f"Leave out {option}; name the kinds with --classes.",
-            "not_for_detection",
-        )
+    refuse(
+        asked,
+        "{} is about whole images, and a detector forgets kinds of objects.",
+        "Leave out {}; name the kinds with --classes.",
+        "not_for_detection",
+    )
 
 
 def centred(boxes: np.ndarray, frame: tuple[float, float]) -> np.ndarray:

@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gsforget import processes
 from gsforget.classes import check_remaining
 from gsforget.data import ImageFolder, ImageSet, listed
 from gsforget.errors import RequestError
 from gsforget.export.device.gallery import Gallery, load_gallery, make_gallery
 from gsforget.folder import WEIGHTS, sha256
-from gsforget.lora.blocks import FeedForward, find_feed_forward
+from gsforget.lora.blocks import find_feed_forward
 from gsforget.material import gather
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
-from gsforget.request import Request
+from gsforget.request import Request, refuse
 from gsforget.requests.images import find_rows
 from gsforget.requests.target import Target, resolve_target
 from gsforget.tasks.base import Load, Measured, Plan, Seen
 from gsforget.tasks.classify.evidence import Figures
-from gsforget.tasks.classify.kind import EVAL_BATCH, ClassifyStudy
+from gsforget.tasks.classify.kind import ClassifyStudy
 from gsforget.tasks.face import model as models
 from gsforget.tasks.face.data import open_data, stranger_images, strangers
 from gsforget.tasks.face.evidence import GALLERY, FaceFigures, OpenSet, People, open_set
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["audit", "build", "networks", "open_data", "open_source", "open_study"]
 
+networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
 NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verification next to never-seen people stands in their place"
 
@@ -48,11 +48,6 @@ NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verificatio
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> FaceStudy:
     """See `gsforget.tasks.base.Kind`."""
     return FaceStudy(source, data, request, load, device)
-
-
-def networks(model: nn.Module, example: Tensor) -> list[FeedForward]:
-    """See `gsforget.tasks.base.Kind`."""
-    return find_feed_forward(model, example)
 
 
 def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
@@ -95,13 +90,12 @@ class FaceStudy(ClassifyStudy):
             "--reference": request.reference,
             "--max-probe-excess": request.thresholds.max_probe_excess is not None,
         }
-        option = next((name for name, given in refused.items() if given), None)
-        if option:
-            raise RequestError(
-                f"{option} is about classifiers; people are compared with people whom the model never saw.",
-                f"Leave out {option}; give --never-seen A,B.",
-                "face_reference",
-            )
+        refuse(
+            refused,
+            "{} is about classifiers; people are compared with people whom the model never saw.",
+            "Leave out {}; give --never-seen A,B.",
+            "face_reference",
+        )
         if request.images is None:
             return resolve_target(request, source.names, source.erased, self.data)
         if any(name.strip() for name in request.classes):
@@ -261,15 +255,7 @@ class FaceStudy(ClassifyStudy):
 
     def _embeddings(self, images: ImageSet) -> Tensor:
         """float32 [N, d], on the CPU."""
-        if not len(images):
-            return torch.empty(0)
-
-        def embed(share: Tensor) -> list[Tensor]:
-            return [self.model(images.batch(share).to(self.device)).float()]
-
-        pieces = torch.arange(len(images)).split(EVAL_BATCH)
-        with torch.inference_mode():
-            return torch.cat([processes.gather_rows(embed, p)[0].cpu() for p in pieces])
+        return self._outputs_of(images, np.arange(len(images)), self.model) if len(images) else torch.empty(0)
 
     def fingerprint(self) -> Any:
         return self.manifests, len(self.test), len(self.images), len(self.unseen)
