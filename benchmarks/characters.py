@@ -48,18 +48,26 @@ def class_requests(count: int = REQUESTS) -> list[tuple[str, ...]]:
     return [tuple(order[80 - 20 * n : 100 - 20 * n]) for n in range(count)]
 
 
-def usable_fonts() -> list[Path]:
-    """Fonts that draw all 100 characters, no two of one name, in a seeded order."""
+def fonts_that_draw(characters: str) -> list[Path]:
+    """Installed fonts that have all of some characters, by path."""
     from fontTools.ttLib import TTFont, TTLibError
 
-    found = {}
+    found = []
     for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
         try:
             covered = TTFont(path, lazy=True).getBestCmap() or {}
         except TTLibError:
             continue
-        if all(ord(c) in covered for c in CHARACTERS):
-            found.setdefault(path.stem, path)
+        if all(ord(c) in covered for c in characters):
+            found.append(path)
+    return found
+
+
+def usable_fonts() -> list[Path]:
+    """Fonts that draw all 100 characters, no two of one name, in a seeded order."""
+    found: dict[str, Path] = {}
+    for path in fonts_that_draw(CHARACTERS):
+        found.setdefault(path.stem, path)
     fonts = [found[name] for name in sorted(found)]
     random.Random(0).shuffle(fonts)
     return fonts

@@ -10,12 +10,11 @@ A composed stand-in for real scenes, named as one.
 """
 
 import argparse
-import gzip
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
+from make_demo_assets import read_idx
 from PIL import Image
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -28,14 +27,6 @@ SIDES = (22, 46)  # pixels of an item's longer side
 COVERED = 0.35  # of an item's box at most, by one later item
 TRAIN, TEST = 4000, 1000
 SEEDS = {"train": 1, "test": 2}
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped idx file of unsigned bytes (format of the MNIST distribution)."""
-    raw = gzip.decompress(path.read_bytes())
-    dims = raw[3]
-    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
 def load_items(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from characters import fonts_that_draw
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import cross_entropy
 
@@ -54,18 +55,10 @@ def pools() -> tuple[list[str], list[str]]:
 
 def choose_fonts(count: int) -> list[Path]:
     """Fonts that draw all characters, each as unlike those before it as can be."""
-    from fontTools.ttLib import TTFont, TTLibError
-
-    found, shapes = [], []
-    for path in sorted(Path("/usr/share/fonts").rglob("*.[to]tf")):
-        try:
-            covered = TTFont(path, lazy=True).getBestCmap() or {}
-        except TTLibError:
-            continue
-        if all(ord(c) in covered for c in CHARACTERS):
-            font = ImageFont.truetype(str(path), 26)
-            found.append(path)
-            shapes.append(np.concatenate([np.asarray(glyph(c, font), np.float32).ravel() for c in "aegQRt5"]))
+    found, shapes = fonts_that_draw(CHARACTERS), []
+    for path in found:
+        font = ImageFont.truetype(str(path), 26)
+        shapes.append(np.concatenate([np.asarray(glyph(c, font), np.float32).ravel() for c in "aegQRt5"]))
     if len(found) < count:
         raise SystemExit(f"{len(found)} fonts draw all characters, {count} are needed: install those above")
     pixels = np.stack(shapes)

@@ -38,6 +38,7 @@ from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
+from gsforget.rounds import Rounds
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
 
@@ -127,9 +128,8 @@ class Loop:
         shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
         self.glance = val[shuffled[:GLANCE_IMAGES]]
         self.rng = torch.Generator().manual_seed(settings.seed)
-        self.pools = {"retain": train[~forget[train]], "forget": train[forget[train]]}
-        self.queues = {name: pool[:0] for name, pool in self.pools.items()}
-        retained, forgotten = (len(self.pools[k]) for k in ("retain", "forget"))
+        self.rounds = Rounds({"retain": train[~forget[train]], "forget": train[forget[train]]}, self.rng)
+        retained, forgotten = (len(self.rounds.pools[k]) for k in ("retain", "forget"))
         self.batch_retain = min(settings.batch_size, retained)
         share = round(self.batch_retain * forgotten / max(1, retained))
         self.batch_forget = min(forgotten, max(round(self.batch_retain * control.FORGET_SHARE), share, 1))
@@ -382,17 +382,12 @@ class Loop:
         """What the model makes of rows of the images, float32, each tensor [len(rows), …]."""
         return Seen.joined([self._see(piece) for piece in rows.split(self.eval_batch)])
 
-    def _draw(self, name: str, count: int) -> Tensor:
-        """The next rows of a pool, each once per pass, in a fresh order in every pass."""
-        pool, queue = self.pools[name], self.queues[name]
-        while len(queue) < count:
-            queue = torch.cat([queue, pool[torch.randperm(len(pool), generator=self.rng)]])
-        self.queues[name] = queue[count:]
-        return queue[:count]
-
     def _draw_batch(self, times: int = 1) -> Tensor:
         return torch.cat(
-            [self._draw("retain", times * self.batch_retain), self._draw("forget", times * self.batch_forget)]
+            [
+                self.rounds.draw("retain", times * self.batch_retain),
+                self.rounds.draw("forget", times * self.batch_forget),
+            ]
         )
 
     def _losses(self, rows: Tensor) -> Losses:
@@ -444,8 +439,7 @@ class Loop:
         """Learn from images of classes that came back as from those of the classes to forget."""
         rows = self.earlier.learn_from(returned)
         if len(rows):
-            self.pools["forget"] = torch.cat([self.pools["forget"], rows])
-            self.queues["forget"] = rows[torch.randperm(len(rows), generator=self.rng)]  # they come first
+            self.rounds.add("forget", rows)
             self.batch_forget = max(self.batch_forget, min(len(rows), self.batch_retain // 4))
 
     def _report(self, stage: str, fraction: float | None) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gsforget.baselines.base import BaselineRequest, Method, Result
-from gsforget.baselines.relabelling import Anchored, anchored, for_importances, mean_gradient
+from gsforget.baselines.gradients import mean_gradient
+from gsforget.baselines.relabelling import Anchored, anchored, for_importances
 from gsforget.baselines.training import EVAL_BATCH, Training
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gsforget.baselines.base import BaselineRequest, Method, Result
-from gsforget.baselines.relabelling import Anchored, anchored, trained_weights
+from gsforget.baselines.gradients import trained_weights
+from gsforget.baselines.relabelling import Anchored, anchored
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 
 from gsforget.baselines.base import BaselineRequest, Method, Result
 from gsforget.baselines.relabelling import Relabelling
-from gsforget.baselines.training import Training
+from gsforget.baselines.training import Training, softened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,19 +36,13 @@ class LwFSettings(Relabelling):
     temperature: float = 2.0
 
 
-def distillation(logits: Tensor, before: Tensor, temperature: float) -> Tensor:
-    """KL of the softened answers before to those now, logits [B, K] both, mean over images."""
-    now, then = (log_softmax(z / temperature, 1) for z in (logits, before))
-    return kl_div(now, then, reduction="batchmean", log_target=True)
-
-
 def lwf(model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest, settings: LwFSettings) -> Result:
     t = Training(model, images, forget, request, settings)
     before = t.before()[1]
     for retained, forgotten in t.passes():
         kept, lost = t.logits(torch.cat([retained, forgotten])).tensor_split([len(retained)])
         loss = cross_entropy(lost, t.wrong_labels(len(forgotten)))
-        loss = loss + settings.distil * distillation(kept, before[retained], settings.temperature)
+        loss = loss + settings.distil * softened(kept, before[retained], settings.temperature)
         t.step(loss + settings.rehearse * cross_entropy(kept, t.labels[retained]))
     return t.result()
 

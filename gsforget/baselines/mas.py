@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gsforget.baselines.base import BaselineRequest, Method, Result
-from gsforget.baselines.relabelling import Anchored, anchored, for_importances, mean_gradient
+from gsforget.baselines.gradients import mean_gradient
+from gsforget.baselines.relabelling import Anchored, anchored, for_importances
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -21,18 +21,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gsforget.baselines.base import BaselineRequest, Result
+from gsforget.baselines.gradients import trained_weights
 from gsforget.baselines.training import Optimisation, Training
-from gsforget.lora.blocks import as_logits
 
 if TYPE_CHECKING:
     from gsforget.views import Images
-
-GRADIENT_NUMBERS = 2**25  # numbers of per-image gradients that are held at once
 
 
 @dataclass(frozen=True)
@@ -75,41 +71,8 @@ def anchored(
     return t.result()
 
 
-def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
 def for_importances(t: Training) -> Tensor:
     """Rows of the retained images that importances are estimated on: all, or as many as the settings allow."""
     assert isinstance(t.settings, Anchored)
     most = t.settings.images
     return t.retained if len(t.retained) <= most else t.draw("retain", most)
-
-
-def mean_gradient(
-    t: Training,
-    rows: Tensor,
-    targets: Tensor,
-    objective: Callable[[Tensor, Tensor], Tensor],
-    measure: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Mean over images of a measure of each image's own gradient, for every trained weight.
-
-    Args:
-        rows: int64 [R], the images; targets: int64 [R], one for each.
-        objective: scalar from one image's logits [K] and its target.
-        measure: elementwise, of gradients.
-    """
-    weights = {n: p.detach() for n, p in trained_weights(t.model).items()}
-
-    def of_one(given: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-        return objective(as_logits(functional_call(t.model, given, (image[None],)))[0].float(), target)
-
-    gradients = vmap(grad(of_one), in_dims=(None, 0, 0))
-    total = {n: torch.zeros_like(w) for n, w in weights.items()}
-    size = max(1, GRADIENT_NUMBERS // sum(w.numel() for w in weights.values()))
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap knows how to batch
-        for some, aims in zip(rows.split(size), targets.split(size)):
-            for name, each in gradients(weights, t.pixels(some), aims).items():
-                total[name] += measure(each).sum(0)
-    return {n: s / len(rows) for n, s in total.items()}

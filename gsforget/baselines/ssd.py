@@ -16,20 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gsforget.baselines.base import BaselineRequest, Method, Result
+from gsforget.baselines.gradients import mean_gradient
 from gsforget.baselines.training import Optimisation, Training
-from gsforget.lora.blocks import as_logits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.views import Images
-
-CHUNK = 32  # images whose gradients are in memory side by side
 
 
 @dataclass(frozen=True)
@@ -43,20 +39,7 @@ class SSDSettings:
 
 def fisher(t: Training, rows: Tensor) -> dict[str, Tensor]:
     """Mean over images of the squared gradient of each image's CE, by the name of the weight that trains."""
-    model = t.model
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def loss(weights: dict[str, Tensor], pixels: Tensor, label: Tensor) -> Tensor:
-        logits = as_logits(functional_call(model, weights, (pixels[None],)))
-        return cross_entropy(logits.float(), label[None])
-
-    single = vmap(grad(loss), in_dims=(None, 0, 0))
-    sums = {n: torch.zeros_like(p) for n, p in weights.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the only one that has a rule for single images' gradients
-        for chunk in rows.split(CHUNK):
-            for name, g in single(weights, t.pixels(chunk), t.labels[chunk]).items():
-                sums[name] += g.square().sum(0)  # not in place: gradients of several weights may share memory
-    return {n: s / len(rows) for n, s in sums.items()}
+    return mean_gradient(t, rows, t.labels[rows.to(t.device)], cross_entropy, torch.square)
 
 
 def ssd(model: nn.Module, images: Images, forget: Tensor, request: BaselineRequest, settings: SSDSettings) -> Result:

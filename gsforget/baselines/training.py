@@ -21,6 +21,7 @@ from gsforget.baselines.base import BaselineRequest, Result, plain_state
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.features import FeatureTap, features_and_logits, find_classifier
 from gsforget.lora.blocks import as_logits
+from gsforget.rounds import Rounds
 
 if TYPE_CHECKING:
     from gsforget.views import Images
@@ -82,7 +83,7 @@ class Training:
         self.start = time.perf_counter()
         self.original, self.images, self.request, self.settings = model, images, request, settings
         self.device = next(model.parameters()).device
-        self.labels, self.is_forgotten = images.labels.to(self.device), forget.to(self.device)
+        self.labels = images.labels.to(self.device)
         erased = torch.isin(images.labels, torch.tensor(request.erased, dtype=torch.int64))
         self.retained, self.forgotten = (torch.nonzero(m).flatten() for m in (~forget.cpu() & ~erased, forget.cpu()))
         if not len(self.retained) or not len(self.forgotten):
@@ -101,7 +102,7 @@ class Training:
         self.optimiser = create_optimizer_v2(
             trained, settings.optimiser, settings.lr, settings.weight_decay, settings.momentum
         )
-        self._queues: dict[str, Tensor] = {}
+        self._rounds = Rounds({"retain": self.retained, "forget": self.forgotten}, self.rng)
         self._history: list[dict[str, Any]] = []
         self._sums: list[float] = []
 
@@ -135,19 +136,13 @@ class Training:
 
     def draw(self, side: str, count: int) -> Tensor:
         """The next rows of "retain" or "forget", each once per round, in a fresh order in every round."""
-        pool = self.retained if side == "retain" else self.forgotten
-        queue = self._queues.get(side, pool[:0])
-        while len(queue) < count:
-            queue = torch.cat([queue, pool[torch.randperm(len(pool), generator=self.rng)]])
-        self._queues[side] = queue[count:]
-        return queue[:count]
+        return self._rounds.draw(side, count)
 
-    def passes(self, epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows to retain and rows to forget of each step; an entry of the history after each pass."""
         size = self.settings.batch_size
-        for epoch in range(self.epochs if epochs is None else epochs):
-            order = self.retained[torch.randperm(len(self.retained), generator=self.rng)]
-            for rows in order.split(size):
+        for epoch in range(self.epochs):
+            for rows in self._rounds.shuffled(self.retained).split(size):
                 yield rows, self.draw("forget", min(len(rows), len(self.forgotten)))
             self._history.append({"epoch": epoch, "loss": sum(self._sums) / max(1, len(self._sums))})
             self._sums = []
@@ -180,9 +175,14 @@ class Training:
 
 
 def distillation(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(target / T) || softmax(logits / T)) in nats, a mean over images; logits and target [B, K]."""
+    """T^2 times `softened`, whose gradient is of the same size at every temperature."""
+    return temperature**2 * softened(logits, target, temperature)
+
+
+def softened(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(target / T) || softmax(logits / T)) in nats, a mean over images; logits and target [B, K]."""
     ours, theirs = log_softmax(logits / temperature, 1), log_softmax(target / temperature, 1)
-    return temperature**2 * kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def draw_anew(model: nn.Module, seed: int) -> None:

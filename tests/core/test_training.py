@@ -347,7 +347,7 @@ def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(thre
     settings = Settings(rank=4, batch_size=32)
     run = Loop(quiet, task, as_they_are(images, rows[:128], rows[128:], gone, old), settings)
     assert run.run().chosen["forgotten_again"] == []
-    used = torch.cat([*run.pools.values()])
+    used = torch.cat([*run.rounds.pools.values()])
     assert not old[used].any()
 
 
@@ -382,9 +382,9 @@ def test_nan_is_one_sentence(three_blocks):
 def test_draws_go_through_each_pool_once_per_pass(three_blocks):
     run = loop(three_blocks)
     assert (run.batch_retain, run.batch_forget) == (32, 16)
-    seen = torch.cat([run._draw("retain", 32) for _ in range(3)])
-    assert sorted(seen.tolist()) == run.pools["retain"].tolist()
-    assert set(run._draw("forget", 32).tolist()) == set(run.pools["forget"].tolist())
+    seen = torch.cat([run.rounds.draw("retain", 32) for _ in range(3)])
+    assert sorted(seen.tolist()) == run.rounds.pools["retain"].tolist()
+    assert set(run.rounds.draw("forget", 32).tolist()) == set(run.rounds.pools["forget"].tolist())
     run.groups.detach()
 
 

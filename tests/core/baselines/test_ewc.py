@@ -30,13 +30,13 @@ def test_the_fisher_information_of_a_linear_softmax_is_p_times_one_minus_p_times
 
 def test_gradients_are_taken_image_by_image_in_chunks_of_any_size(by_hand, monkeypatch):
     """Against one backward pass per image with the labels that were drawn."""
-    import gsforget.baselines.relabelling as relabelling
+    import gsforget.baselines.gradients as gradients
 
     def training():
         return Training(by_hand.model, by_hand.images, by_hand.forget, by_hand.request, EWCSettings(head=True))
 
     whole = fisher(training())
-    monkeypatch.setattr(relabelling, "GRADIENT_NUMBERS", 1)
+    monkeypatch.setattr(gradients, "GRADIENT_NUMBERS", 1)
     chances = by_hand.model(by_hand.images.pixels)[:4].softmax(1)
     drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0)).flatten()
     want = {n: torch.zeros_like(p) for n, p in by_hand.model.named_parameters()}

@@ -7,23 +7,24 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gsforget.baselines import find_method
-from gsforget.baselines.lwf import LwFSettings, distillation, lwf
+from gsforget.baselines.lwf import LwFSettings, lwf
+from gsforget.baselines.training import softened
 
 
 def test_distillation_of_two_answers():
     """Logits before 2 ln 3 and 0 soften at T = 2 to 3/4 and 1/4; now they are equal."""
     before = torch.tensor([[2 * math.log(3), 0.0]])
     want = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert distillation(torch.zeros(1, 2), before, 2.0).item() == pytest.approx(want)
-    assert distillation(torch.zeros(5, 2), before.expand(5, 2), 2.0).item() == pytest.approx(want)
-    assert distillation(before + 7, before, 2.0).item() == pytest.approx(0, abs=1e-6)
+    assert softened(torch.zeros(1, 2), before, 2.0).item() == pytest.approx(want)
+    assert softened(torch.zeros(5, 2), before.expand(5, 2), 2.0).item() == pytest.approx(want)
+    assert softened(before + 7, before, 2.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_distillation_pulls_where_the_released_term_does_nothing():
     """The gradient of softened cross entropy is (p - p before) / T."""
     logits = torch.tensor([[3.0, -1, 0.5]], requires_grad=True)
     before = torch.tensor([[0.0, 2, 1]])
-    distillation(logits, before, 2.0).backward()
+    softened(logits, before, 2.0).backward()
     want = ((logits / 2).softmax(1) - (before / 2).softmax(1)).detach() / 2
     torch.testing.assert_close(logits.grad, want)
 

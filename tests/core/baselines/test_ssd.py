@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gsforget.baselines import ssd as module
+from gsforget.baselines import gradients
 from gsforget.baselines.base import BaselineRequest
 from gsforget.baselines.ssd import SSDSettings, fisher, ssd
 from gsforget.baselines.training import Optimisation, Training
@@ -24,8 +24,9 @@ def training(case):
 
 @pytest.mark.parametrize("chunk", [1, 3, 32])
 def test_the_fisher_diagonal_is_of_single_images_whatever_the_chunk(by_hand, monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK", chunk)
-    found = fisher(training(by_hand), torch.arange(6))
+    t = training(by_hand)
+    monkeypatch.setattr(gradients, "GRADIENT_NUMBERS", chunk * sum(p.numel() for p in t.model.parameters()))
+    found = fisher(t, torch.arange(6))
     for name, value in by_images(by_hand.model, by_hand.images.pixels, by_hand.images.labels).items():
         torch.testing.assert_close(found[name], value)
 
