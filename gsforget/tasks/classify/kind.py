@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from gsforget.audit.in_run import Prober
+    from gsforget.audit.in_run import Probed, Prober
     from gsforget.training import Trained
 
 EVAL_BATCH = 256
@@ -203,20 +203,28 @@ class ClassifyStudy:
         said_after = predict(seen.outputs)
         sample = self._sample_result(seen.outputs)
         probed = processes.from_first(lambda: self.prober.after() if self.prober else None)
-        return measured(
-            Figures(
-                self.source,
-                self.request,
-                self.forget,
-                self.retained,
-                self.erased,
-                self.labels,
-                self.said_before,
-                said_after,
-                sample,
-                probed,
-                [self.source.names[k] for k in trained.chosen["forgotten_again"]],
-            )
+        return measured(self._figures(said_after, trained, sample, probed))
+
+    def _figures(
+        self,
+        said_after: NDArray[np.int64],
+        trained: Trained,
+        sample: SampleResult | None = None,
+        probed: Probed | None = None,
+    ) -> Figures:
+        """What classes are answered before and after; `sample` of single images, `probed` where features were attacked."""
+        return Figures(
+            self.source,
+            self.request,
+            self.forget,
+            self.retained,
+            self.erased,
+            self.labels,
+            self.said_before,
+            said_after,
+            sample,
+            probed,
+            [self.source.names[k] for k in trained.chosen["forgotten_again"]],
         )
 
     def _answers(self, test_logits: Tensor) -> Answers | None:

@@ -22,7 +22,6 @@ from gsforget.request import Request, refuse
 from gsforget.requests.images import find_rows
 from gsforget.requests.target import Target, resolve_target
 from gsforget.tasks.base import Load, Measured, Plan, Seen
-from gsforget.tasks.classify.evidence import Figures
 from gsforget.tasks.classify.kind import ClassifyStudy
 from gsforget.tasks.face import model as models
 from gsforget.tasks.face.data import open_data, stranger_images, strangers
@@ -181,20 +180,7 @@ class FaceStudy(ClassifyStudy):
             return Seen(self.model.loss.cosines(embeddings.to(self.device)).cpu(), embeddings)
 
     def after(self, seen: Seen, trained: Trained) -> Measured:
-        said_after = predict(seen.outputs)
-        plain = Figures(
-            self.source,
-            self.request,
-            self.forget,
-            self.retained,
-            self.erased,
-            self.labels,
-            self.said_before,
-            said_after,
-            None,
-            None,
-            [self.source.names[k] for k in trained.chosen["forgotten_again"]],
-        )
+        plain = self._figures(predict(seen.outputs), trained)
         names = [*self.source.names, *self.new]
         faces = FaceFigures(self.open_before, self._open_set(seen), names)
         summary = plain.summary()
