@@ -247,7 +247,9 @@ class Bench:
         model, config = self._open(before)
         unchanged = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         looked = self.original if n == 0 else self._looked(before)
+        cpu = time.process_time()
         result = self._result(method, change, model, self.images, stage, seed, n)
+        cpu = time.process_time() - cpu  # what other jobs on the machine do not change
         model.load_state_dict(result.state_dict)
         look = self.judge.look(model)
         self._check_order(look, stage)
@@ -275,6 +277,7 @@ class Bench:
             "mia_auc": leak.mia.auc,
             "relearn_steps": _relearn_steps(leak, self._goal(found["forget_acc_before"] or 0.0)),
             "seconds": result.seconds,
+            "cpu_seconds": cpu,
             "changed_tensors": len(changed),
             "changed_parameters": sum(unchanged[k].numel() for k in changed),
             "parameters": sum(tensor.numel() for tensor in unchanged.values()),
