@@ -11,6 +11,7 @@ from gsforget.tasks.face.losses import (
     PUSH_WEIGHT,
     RETAIN_WEIGHT,
     SCATTER_WEIGHT,
+    STRANGER_WEIGHT,
     FaceForgetting,
     prototypes,
     together,
@@ -71,7 +72,7 @@ def test_nothing_is_lost_where_it_should_be():
     assert at_ideal.forget < 0.2 * at_first.forget
     away = 1 - (z * made.targets).sum(1)[labels == 0]
     near = ((z @ rows.T)[labels == 0].amax(1) - made.stranger).relu()
-    wanted = CONCENTRATION * (FORGET_WEIGHT * away + near).mean()
+    wanted = CONCENTRATION * (FORGET_WEIGHT * away + STRANGER_WEIGHT * near).mean()
     assert at_first.forget.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
