@@ -18,12 +18,15 @@ from gsforget.data import few_shot
 from gsforget.lora.grid import merge, to_grid
 from gsforget.material import gather
 from gsforget.tasks.classify import Classification, default_bound
+from gsforget.tasks.face.answers import FaceClassifier
+from gsforget.tasks.face.losses import FaceForgetting
 from gsforget.training import Loop, Settings
 from gsforget.views import Some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gsforget.tasks.base import Task
     from gsforget.views import Images
 
 
@@ -43,7 +46,7 @@ def own(model: nn.Module, images: Images, forget: Tensor, request: BaselineReque
     enough = max(1, control.STEPS_OF_IMAGES * s.batch_size // (len(request.forget) + len(retained)))
     some = Some(images, torch.from_numpy(few_shot(images.labels.numpy(), enough, s.seed)))
     lacking = [k for k in retained if not (some.labels == k).any()]
-    task = Classification(
+    task: Task = Classification(
         request.num_classes,
         request.forget,
         request.erased,
@@ -51,6 +54,8 @@ def own(model: nn.Module, images: Images, forget: Tensor, request: BaselineReque
         settings.method,
         firm=bool(lacking),
     )
+    if isinstance(model, FaceClassifier):
+        task = FaceForgetting(request.forget, request.erased, settings.method)
     with frozen(model):
         single = torch.zeros(len(some.labels), dtype=torch.bool)
         material = gather(model, some, request.forget, request.erased, single, lacking, s.seed)

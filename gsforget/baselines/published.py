@@ -21,7 +21,7 @@ What differs from the release, and why:
 - LoRA lies over a frozen model and is merged once, at the end; the release merges and unmerges at each evaluation.
 - Retained and forgotten images of a step pass through the model together, which changes nothing in a model whose images
   do not see each other, and dropout is off (the networks measured here have none).
-- Evaluation never sees the true label (released face models subtract a margin from it).
+- Evaluation never sees the true label (released face models subtract a margin from it); the losses do, as in training.
 """
 
 from __future__ import annotations
@@ -252,6 +252,9 @@ class _Loop:
         here = rows.to(self.device)
         with FeatureTap(self.model, self.classifier) as tap:
             logits = as_logits(self.model(self._images(rows))).float()
+        head = self.model.get_submodule(self.classifier)
+        if hasattr(head, "margin_logits"):  # of a face model: trained with its margin, evaluated without
+            logits = head.margin_logits(tap.features, self.labels[here]).float()
         losses = published_losses(
             logits,
             tap.features.float(),

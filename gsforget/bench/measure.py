@@ -111,7 +111,8 @@ class Judge:
         test_features, test_logits = answers(self.test, np.arange(len(self.truth)))
         train_features, train_logits = answers(self.train, rows)
         layer = model.get_submodule(classifier)
-        head = layer.weight.detach().cpu().numpy(), None if layer.bias is None else layer.bias.detach().cpu().numpy()
+        weight = getattr(layer, "rows", layer.weight)  # a face model's head answers by its normalised rows
+        head = weight.detach().cpu().numpy(), None if layer.bias is None else layer.bias.detach().cpu().numpy()
         return Look(test_logits, test_features, rows, train_logits, train_features, head, model, classifier)
 
     def leak(self, look: Look, stage: Stage, relearn: float | None = None) -> Leak:

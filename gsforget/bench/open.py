@@ -26,6 +26,9 @@ def run_bench(
     shots: int | None = None,
     missing: int = 0,
     layout: str | None = None,
+    task: str | None = None,
+    checkpoint: str | Path | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     never_seen: Sequence[str | Path] = (),
     relearn: bool = False,
     class_names: Sequence[str] | None = None,
@@ -39,7 +42,8 @@ def run_bench(
 
     Args:
         methods: names of `gsforget.baselines`, "all", or Python files that define `METHOD`, whose code is run.
-        model: model folder to start from.
+        model: model folder to start from; or the name of a model with its `checkpoint`, of which one is made in `out`.
+        task, model_kwargs: of such a model: classify or face (default: the recipe's, else classify), and as timm has them.
         data: image folder as for `forget`, or in the layout that the recipe or `layout` names.
         protocol: X-Y (see `protocols`), or a recipe (see `recipes`), which brings shots, missing, layout and settings.
         trials: settings that each method may try on the first request, its published ones among them.
@@ -57,6 +61,7 @@ def run_bench(
     from gsforget.bench.protocols import make_protocol
     from gsforget.bench.recipes import find_recipe
     from gsforget.bench.run import Bench, Options, code_sha256
+    from gsforget.bench.subject import start_folder
     from gsforget.data import ImageSet
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import read_config
@@ -74,7 +79,15 @@ def run_bench(
             "Name methods with --methods; gsforget bench --list shows them.",
             "unknown_method",
         )
-    folder = Path(model)
+    recipe = None if protocol.replace("-", "").isdigit() else find_recipe(protocol)
+    if recipe:
+        protocol, shots, missing = recipe.protocol, recipe.shots, recipe.missing
+        layout, task = layout or recipe.layout, task or recipe.task
+    where = Path(out)
+    names = list(class_names) if class_names is not None else None
+    if checkpoint is not None:
+        names = names or _open_data(Path(data), layout, None).class_names
+    folder = start_folder(model, names or [], Path(checkpoint) if checkpoint else None, model_kwargs or {}, task, where)
     config = read_config(folder)
     for path in map(Path, never_seen):
         if read_config(path).num_classes != config.num_classes:
@@ -87,12 +100,7 @@ def run_bench(
         raise RequestError(
             f"Classes were forgotten from {folder} already.", "Start from the original model.", "not_the_original"
         )
-    recipe = None if protocol.replace("-", "").isdigit() else find_recipe(protocol)
-    if recipe:
-        protocol, shots, missing = recipe.protocol, recipe.shots, recipe.missing
-        layout = layout or recipe.layout
-    names = list(class_names) if class_names is not None else config.class_names
-    images = _open_data(Path(data), layout, names)
+    images = _open_data(Path(data), layout, names or config.class_names)
     prepare = Preprocess.from_dict(config.to_json())
     train, test = (ImageSet(split, prepare.load, skip_corrupt) for split in (images.train, images.test))
     for split in (train, test):
@@ -100,7 +108,6 @@ def run_bench(
     options = Options(
         seeds, trials, epochs, tuple(map(Path, never_seen)), relearn, dict(recipe.settings) if recipe else {}
     )
-    where = Path(out)
     made = make_protocol(protocol, config.num_classes, shots, missing)
     bench = Bench(folder, images, train, test, made, options, where, pick_device(device), say)
     for name in again:
@@ -131,7 +138,7 @@ def write(content: dict[str, Any], out: Path, recipe: Recipe | None = None) -> d
     }
 
 
-def _open_data(root: Path, layout: str | None, names: list[str]) -> Any:
+def _open_data(root: Path, layout: str | None, names: list[str] | None) -> Any:
     from gsforget.data import scan
 
     if layout is None:

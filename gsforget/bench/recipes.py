@@ -35,7 +35,13 @@ class Recipe:
     figure: str = "H"
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """What a model is that is given by name and checkpoint."""
+        return "face" if self.layout in FACES else "classify"
 
+
+FACES = ("casia-webface", "ms-celeb")
 OURS, FIRST, RIVAL = "GS-LoRA++", "GS-LoRA", "FG-OrIU"
 FACE = {"bnd": 105.0, "push": 0.01, "betas": (0.2, 0.25, 0.25, 0.2)}
 FACE_SINGLE = {"bnd": 110.0, "push": 0.005, "betas": (0.05,), "alpha": 0.01}

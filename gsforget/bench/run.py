@@ -25,9 +25,10 @@ from gsforget.audit.relearn import steps_to
 from gsforget.baselines.base import BaselineRequest, Method, Result
 from gsforget.bench.measure import LIMITS, Judge, Leak, Look, Stage, stages
 from gsforget.bench.store import Cell, Store
+from gsforget.bench.subject import open_subject, stored_names
 from gsforget.data import few_shot, manifest_sha256, split_validation
 from gsforget.errors import GsforgetError, RequestError
-from gsforget.folder import WEIGHTS, is_model_folder, load_model, save_model, sha256
+from gsforget.folder import WEIGHTS, is_model_folder, save_model, sha256
 from gsforget.lora.blocks import as_logits
 from gsforget.metrics import confusion_matrix, h_mean, of_classes, plausibility, predict
 from gsforget.views import Some
@@ -150,7 +151,7 @@ class Bench:
         return torch.from_numpy(rows)
 
     def _open(self, folder: Path) -> tuple[nn.Module, ModelConfig]:
-        model, config = load_model(folder)
+        model, config = open_subject(folder)
         return model.to(self.device), config
 
     def _references(self) -> None:
@@ -259,7 +260,7 @@ class Bench:
         failed, excess = self.judge.failures(found, leak, never, original, stage)
         changed = [k for k, tensor in unchanged.items() if not torch.equal(tensor, result.state_dict[k])]
         after.mkdir(parents=True, exist_ok=True)
-        save_model(result.state_dict, config.erase(list(stage.wanted)), after)
+        save_model(stored_names(model, result.state_dict), config.erase(list(stage.wanted)), after)
         self._latest = after, look
         return {
             "method": method.name,

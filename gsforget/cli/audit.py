@@ -196,9 +196,10 @@ def _next(document: dict[str, Any], model: Path | None, data: Path, given: dict[
             return "gsforget history"
         model, deeper = subject.parent.parent, "full"
         given = {**given, "--out": None}
-    if not deeper:
+    alike = document.get("task", "classify") != "classify"  # faces and detectors are measured alike at each tier
+    if not deeper or alike:
         if document["kind"] == "run":
-            return f"gsforget export {shlex.quote(document['subject'])} --onnx --with-features"
+            return f"gsforget export {shlex.quote(document['subject'])} --onnx{'' if alike else ' --with-features'}"
         return "gsforget history"
     if not given["--reference"] and not given["--never-seen"]:
         given = {**given, "--reference": "FOLDER"}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import Device, DeviceOption, JsonOption, parse_list
+from gsforget.cli.options import Device, DeviceOption, JsonOption, parse_kwargs, parse_list
 from gsforget.cli.output import emit_json, next_command, say, table
 
 Opt = typer.Option
@@ -18,13 +18,22 @@ def bench(
         str, Opt(help="Comma-separated names, all, or Python files of your own (their code runs).")
     ] = "",
     protocol: Annotated[str, Opt(metavar="X-Y|RECIPE", help="X classes are left, forget Y of them; or a recipe.")] = "",
-    model: Annotated[Path | None, Opt(help="Model folder to start from; never written to.")] = None,
+    model: Annotated[
+        str, Opt(help="Model folder to start from, never written to; or a model's name, with --checkpoint.")
+    ] = "",
     data: Annotated[Path | None, Opt(help="Image folder, or a data set in the recipe's layout.")] = None,
     seeds: Annotated[int, Opt(min=1, help="Seeds, from 0 on.")] = 3,
     trials: Annotated[int, Opt(min=1, max=8, help="Settings each method may try on the first request.")] = 8,
     epochs: Annotated[int, Opt(min=1, help="Passes over the retained images a method may make at most.")] = 20,
     shots: Annotated[int | None, Opt(min=1, help="Training images per class; default: all.")] = None,
     missing: Annotated[int, Opt(min=0, help="Retained classes without training images.")] = 0,
+    task: Annotated[
+        str | None, Opt(help="Of a model by name: classify or face; default: the recipe's, else classify.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, Opt(help="Weights of a model by name: safetensors or a torch file of tensors.")
+    ] = None,
+    model_kwargs: Annotated[str, Opt(help="Of a model by name, e.g. img_size=28,patch_size=7.")] = "",
     layout: Annotated[str | None, Opt(help="How the data lies on disk; default: train/ and test/ folders.")] = None,
     reference: Annotated[
         str, Opt(help="Model folders trained without the classes: one per request, comma-separated, or one for all.")
@@ -51,7 +60,7 @@ def bench(
         for name, v in (("--methods", methods), ("--protocol", protocol), ("--model", model), ("--data", data))
         if not v
     ]
-    if lacking or model is None or data is None:
+    if lacking or data is None:
         raise RequestError(
             f"A bench needs {' and '.join(lacking)}.",
             "For example: gsforget bench --methods gs-lora++,scrub --protocol 10-2 --model DIR --data DIR; see also --list.",
@@ -68,6 +77,9 @@ def bench(
         shots=shots,
         missing=missing,
         layout=layout,
+        task=task,
+        checkpoint=checkpoint,
+        model_kwargs=parse_kwargs(model_kwargs),
         never_seen=parse_list(reference, "--reference"),
         relearn=relearn,
         class_names=read_names(class_names) if class_names else None,

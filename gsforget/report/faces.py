@@ -12,6 +12,16 @@ GROUPS = (
     ("old", "Forgotten earlier"),
     ("never_seen", "Never seen"),
 )
+TITLES = {  # of checks
+    "forget_acc": "Forgotten people whom the head names",
+    "old_acc": "The same, forgotten earlier",
+    "misattribution": "Taken for a retained person",
+    "forget_tar": "Verification above never-seen people",
+    "old_tar": "The same, forgotten earlier",
+    "retain_drop": "Loss of the head's answers, retained people",
+    "class_drop": "The same, worst retained person",
+    "retain_tar_drop": "Loss of verification, retained people",
+}
 
 
 def verification(audit: dict[str, Any]) -> Html:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gsforget.report import faces
 from gsforget.report.charts import bar
 from gsforget.report.markup import Html, change, measured, number, plural, scroll, table, tag, verdict
-from gsforget.report.verdict import strands, total
+from gsforget.report.verdict import nouns, strands, total
 
 ROLES = {"forget": "Forgotten in this request", "old": "Forgotten earlier", "retain": "Retained"}
 SHORT = {"forget": "forgotten now", "old": "forgotten earlier", "retain": "retained"}
@@ -55,8 +56,9 @@ def before_and_after(audit: dict[str, Any]) -> Html:
     if not classes:
         return tag("p", "Accuracies were not measured: the audit had no test images.", class_="absent")
     rows = [row for role, title in ROLES.items() if (row := _role_row(audit, role, title))]
+    one, several = nouns(audit)
     columns = (
-        "Classes",
+        several.capitalize(),
         "How many",
         "Test images",
         *FIGURES,
@@ -66,11 +68,13 @@ def before_and_after(audit: dict[str, Any]) -> Html:
         lost = sorted((c for c in classes if c.get("role") == "retain" and _drop(c) > 0), key=_drop, reverse=True)
         if lost:
             made.append(
-                _per_class(f"Retained classes that lost most ({min(SHOWN, len(lost))} of {len(lost)})", lost[:SHOWN])
+                _per_class(
+                    f"Retained {several} that lost most ({min(SHOWN, len(lost))} of {len(lost)})", one, lost[:SHOWN]
+                )
             )
-        made.append(tag("p", tag("a", f"Every class ({len(classes)})", href="#every-class"), " is listed at the end."))
+        made.append(tag("p", tag("a", f"Every {one} ({len(classes)})", href="#every-class"), " is listed at the end."))
     else:
-        made.append(tag("details", tag("summary", f"Every class ({len(classes)})"), every_class(audit), open=""))
+        made.append(tag("details", tag("summary", f"Every {one} ({len(classes)})"), every_class(audit), open=""))
     return tag("div", *made)
 
 
@@ -85,11 +89,12 @@ def every_class(audit: dict[str, Any]) -> Html:
     ranked = sorted(
         audit.get("classes") or [], key=lambda c: (order.get(c.get("role"), 3), -_drop(c), c.get("index", 0))
     )
-    return _per_class("Right answers per class; retained classes that lost most come first", ranked)
+    one, several = nouns(audit)
+    return _per_class(f"Right answers per {one}; retained {several} that lost most come first", one, ranked)
 
 
-def _per_class(caption: str, classes: Sequence[dict[str, Any]]) -> Html:
-    columns = ("Class", "Role", "Test images", *FIGURES)
+def _per_class(caption: str, noun: str, classes: Sequence[dict[str, Any]]) -> Html:
+    columns = (noun.capitalize(), "Role", "Test images", *FIGURES)
     return table(caption, columns, map(_class_row, classes), range(2, 8), "each")
 
 
@@ -141,10 +146,12 @@ def checks(audit: dict[str, Any]) -> Html:
     if not count:
         return tag("p", "No check was made.", class_="absent")
     bodies = []
+    titles = faces.TITLES if audit.get("task") == "face" else {}
     for name, title in GROUPS:
         if found[name].checks:
             head = tag("tr", tag("th", title, colspan=6, scope="rowgroup"), class_="group")
-            bodies.append(tag("tbody", head, *(row for check in found[name].checks for row in _check_rows(check))))
+            rows = (row for check in found[name].checks for row in _check_rows(check, titles))
+            bodies.append(tag("tbody", head, *rows))
     columns = ("Check", "This model", "Original", "Never seen", "Limit", "Verdict")
     numbers = ("This model", "Original", "Never seen", "Limit")
     head = tag(
@@ -196,7 +203,7 @@ def further(audit: dict[str, Any]) -> Html | None:
     return tag("details", tag("summary", "Further figures"), *parts, open="") if parts else None
 
 
-def _check_rows(check: dict[str, Any]) -> list[Html]:
+def _check_rows(check: dict[str, Any], titles: Mapping[str, str]) -> list[Html]:
     unit = check.get("unit")
     name = str(check.get("name", ""))
     values = [number(check.get(k), unit) for k in ("value", "original", "reference")]
@@ -205,7 +212,11 @@ def _check_rows(check: dict[str, Any]) -> list[Html]:
         limit = f"{direction(check)} {limit}"
     cells = [tag("td", v, class_="number") for v in (*values, limit)]
     first = tag(
-        "tr", tag("th", title_of(name), scope="row"), *cells, tag("td", verdict(check.get("verdict"))), class_="check"
+        "tr",
+        tag("th", titles.get(name) or title_of(name), scope="row"),
+        *cells,
+        tag("td", verdict(check.get("verdict"))),
+        class_="check",
     )
     says = check.get("says")
     return [first, tag("tr", tag("td", says, colspan=6), class_="says")] if says else [first]

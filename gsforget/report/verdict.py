@@ -12,10 +12,11 @@ from gsforget.report.markup import Html, listed, measured, number, plural, tag, 
 STRANDS = (
     ("recovery", ("relearn", "interpol")),
     ("membership", ("mia", "member", "tpr")),
-    ("features", ("probe", "proto", "mean", "shot", "knn", "feature", "cka", "separab", "forget_tar")),
+    ("features", ("probe", "proto", "mean", "shot", "knn", "feature", "cka", "separab", "forget_tar", "old_tar")),
     ("answers", ("forget", "old", "rank", "misattr", "answer")),
     ("kept", ("drop", "retain", "neighbour", "churn", "worst", "kept")),
 )
+NOUNS = {"face": ("person", "people")}  # what is forgotten, by task
 HEADLINES = {
     "answers": "The evidence is against it: the model still recognises what it was asked to forget",
     "features": "Gone from the answers, but not from the features",
@@ -39,6 +40,11 @@ class Strand:
 
     def count(self, verdict: str) -> int:
         return sum(c.get("verdict") == verdict for c in self.checks)
+
+
+def nouns(audit: dict[str, Any]) -> tuple[str, str]:
+    """One of what the model tells apart, and several."""
+    return NOUNS.get(str(audit.get("task")), ("class", "classes"))
 
 
 def strand_of(name: str) -> str:
@@ -91,7 +97,7 @@ def section(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
     answers, features = total(audit, "forget"), found["features"]
     paragraphs = [
         _asked(audit, history),
-        _answers(found["answers"], answers, total(audit, "old")),
+        _answers(found["answers"], answers, total(audit, "old"), nouns(audit)[1]),
         _features(features, audit),
     ]
     for name, title, words in (
@@ -100,7 +106,7 @@ def section(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
     ):
         if (value := found[name].verdict) is not None:
             paragraphs.append(tag("p", tag("b", title), words[value]))
-    paragraphs += [_kept(found["kept"], total(audit, "retain")), _unknown(audit)]
+    paragraphs += [_kept(found["kept"], total(audit, "retain"), nouns(audit)[1]), _unknown(audit)]
     kind = audit.get("verdict") or "none"
     box = tag(
         "div",
@@ -132,7 +138,7 @@ def headline(audit: dict[str, Any], found: dict[str, Strand]) -> str:
         order = ("answers", "features", "recovery", "membership", "kept", "other")
         worst = next((s for s in order if found[s].verdict == "fail"), "other")
         if worst == "features" and found["answers"].verdict != "pass":
-            return "The evidence is against it: the features still hold the forgotten classes"
+            return f"The evidence is against it: the features still hold the forgotten {nouns(audit)[1]}"
         return HEADLINES[worst]
     if value == "inconclusive":
         return "The evidence does not settle it: nothing failed, but an important check could not be concluded"
@@ -144,18 +150,19 @@ def _asked(audit: dict[str, Any], history: Sequence[dict[str, Any]]) -> Html:
     old = total(audit, "old").classes
     if not names and history:
         names = [str(n) for n in history[-1].get("classes") or []]
-    earlier = f", after {plural(old, 'class', 'classes')} in earlier requests" if old else ""
-    what = f"{plural(len(names), 'class', 'classes')} ({listed(names)})" if names else "classes that are not on record"
+    one, several = nouns(audit)
+    earlier = f", after {plural(old, one, several)} in earlier requests" if old else ""
+    what = f"{plural(len(names), one, several)} ({listed(names)})" if names else f"{several} that are not on record"
     return tag("p", tag("b", "Asked: "), f"that the model forget {what}{earlier}.")
 
 
-def _answers(strand: Strand, measured_: Total, old: Total) -> Html:
+def _answers(strand: Strand, measured_: Total, old: Total, classes: str) -> Html:
     after = ""
     if measured_.after is not None:
         was = f" (before: {measured_.before})" if measured_.before is not None else ""
-        after = f" It names {measured_.after} of {measured_.count} test images of these classes rightly{was}."
+        after = f" It names {measured_.after} of {measured_.count} test images of these {classes} rightly{was}."
     if old.after is not None:
-        after += f" Of classes forgotten earlier: {old.after} of {old.count}."
+        after += f" Of {classes} forgotten earlier: {old.after} of {old.count}."
     words = {
         "pass": "gone." + after,
         "fail": "not gone." + after,
@@ -169,16 +176,16 @@ def _features(strand: Strand, audit: dict[str, Any]) -> Html:
     count = plural(len(strand.checks), "check")
     if strand.verdict == "pass":
         compared = any(measured(c.get("reference")) for c in strand.checks)
-        how = (
-            "against a model or classes that never saw them"
-            if compared
-            else "without a never-seen model to compare with"
-        )
+        how = "without a never-seen model to compare with"
+        if audit.get("task") == "face":  # who the model never saw stands in the figure itself
+            how = "next to people whom the model never saw"
+        elif compared:
+            how = "against a model or classes that never saw them"
         text = f"gone as far as this was tested: {count} passed, {how}."
     elif strand.verdict == "fail":
         text = (
-            f"not gone. {strand.count('fail')} of {count} still found the forgotten classes in the numbers that the model "
-            "computes inside, before it answers."
+            f"not gone. {strand.count('fail')} of {count} still found the forgotten {nouns(audit)[1]} in the numbers that "
+            "the model computes inside, before it answers."
         )
     elif strand.verdict == "inconclusive":
         text = f"unknown. {strand.count('inconclusive')} of {count} could not be concluded, none failed."
@@ -201,11 +208,11 @@ _MEMBERSHIP = {
 }
 
 
-def _kept(strand: Strand, kept: Total) -> Html:
+def _kept(strand: Strand, kept: Total, classes: str) -> Html:
     figures = ""
     if kept.after is not None:
         before = f"{number(kept.percent(kept.before), '%')} before, " if kept.before is not None else ""
-        figures = f" Right answers on retained classes: {before}{number(kept.percent(kept.after), '%')} after."
+        figures = f" Right answers on retained {classes}: {before}{number(kept.percent(kept.after), '%')} after."
     words = {
         "pass": "kept within the limits.",
         "fail": "damaged more than the limits allow.",

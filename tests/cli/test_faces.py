@@ -152,7 +152,7 @@ def test_a_gallery_of_another_model_is_refused(exported, gallery, face_world, cl
     assert (once_more.status, once_more.document["error"]["kind"]) == (4, "other_gallery")
 
 
-def test_a_patch_leads_to_the_exported_file(run, face_world, cli, tmp_path, monkeypatch):
+def test_a_patch_leads_a_device_to_the_exported_file(run, face_world, cli, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli(tmp_path, "keys", "new").status == 0
@@ -161,8 +161,54 @@ def test_a_patch_leads_to_the_exported_file(run, face_world, cli, tmp_path, monk
     base = first.document["artifacts"][0]["path"]
     made = cli(tmp_path, "export", cwd / "runs" / "forget-0001", "--patch", "--from", base, "--out", tmp_path / "next")
     assert made.status == 0, made.document
-    package = next(a for a in made.document["artifacts"] if a["kind"] == "patch")
+    package, whole = (next(a for a in made.document["artifacts"] if a["kind"] == kind) for kind in ("patch", "onnx"))
     assert package["replaces"][0]["patched_equals_rebuilt"]
+
+    device, test = tmp_path / "device", face_world.data / "test"
+    trust = next(tmp_path.rglob("signing.pub.json"))
+    assert cli(tmp_path, "apply", base, "--device-dir", device, "--trust", trust).status == 0
+    assert cli(tmp_path, "infer", device, "--enroll", test, "--gallery", "old.npz").status == 0
+    known = cli(tmp_path, "infer", device, test / "bob" / "3.png", "--gallery", "old.npz").document
+    assert known["images"][0]["person"] == "bob"
+    assert cli(tmp_path, "apply", package["path"], "--device-dir", device).status == 0
+    pair = cli(tmp_path, "infer", device, test / "bob" / "3.png", test / "bob" / "4.png").document
+    assert pair["cosine"] < 0.8
+    refused = cli(tmp_path, "infer", device, test / "bob" / "3.png", "--gallery", "old.npz")
+    assert (refused.status, refused.document["error"]["kind"]) == (4, "other_gallery")
+    # Enrolled on the workstation with the exported file, which is the device's, byte by byte.
+    assert cli(tmp_path, "infer", whole["path"], "--enroll", test, "--gallery", "new.npz").status == 0
+    there = cli(tmp_path, "infer", device, test / "ann" / "3.png", "--gallery", "new.npz").document
+    assert there["images"][0]["person"] == "ann"
+
+
+def test_an_engine_of_an_embedding(run, cli, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    cwd, _ = run
+    found = cli(cwd, "export", "runs/forget-0001", "--trt", "--backend", "rtx", "--targets", "sm86", "--out", tmp_path)
+    assert found.status == 0, found.document
+    engine = next(a for a in found.document["artifacts"] if a["kind"] == "engine")
+    assert engine["parity"]["min_cosine"] > 0.999
+
+
+def test_records_of_a_chain_and_what_purge_removes(run, face_world, cli, tmp_path):
+    """A gallery is known to `verify`; that of an older run, which holds whom the next request forgot, is purged."""
+    runs, first = tmp_path / "runs", tmp_path / "runs" / "forget-0001"
+    shutil.copytree(run[0] / "runs", runs)
+    gallery = first / "artifacts" / "gallery.npz"
+    found = forget(cli, tmp_path, face_world, "--classes", "dan", "--gallery", gallery, *NEW, model=first)
+    assert (found.status, found.document["sequence"]) == (0, 2), found.document
+    assert {"old_tar", "old_acc"} <= {g["name"] for g in found.document["gates"]}
+    lines = cli(tmp_path, "history", "runs/forget-0002").document["erasures"]
+    assert [c["name"] for line in lines for c in line["classes"]] == ["bob", "dan"]
+    checked = cli(tmp_path, "verify", "runs/forget-0002")
+    assert checked.status == 0
+    assert {"name": "artifacts/gallery.npz", "verdict": "pass"}.items() <= next(
+        c.items() for c in checked.document["checks"] if "gallery" in c["name"]
+    )
+    assert cli(tmp_path, "purge", "runs/forget-0002", "--chain", "--yes").status == 0
+    assert not gallery.exists()
+    assert (runs / "forget-0002" / "artifacts" / "gallery.npz").exists()
+    assert not (runs / "forget-0002" / "delta.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +220,7 @@ def test_a_patch_leads_to_the_exported_file(run, face_world, cli, tmp_path, monk
         (("--classes", "bob", "--never-seen", "ann"), "not_never_seen"),
         (("--classes", "bob", "--never-seen", "nobody"), "no_image"),
         (("--classes", "bob", "--gallery", "none.npz"), "no_gallery"),
+        (("--classes", "ann,bob,cleo,dan"), "few_people"),
         (("--classes", "bob", "--reference", "x"), "face_reference"),
         (("--sample-mode", "--images", "photos.txt"), "face_sample"),
     ],
@@ -195,7 +242,7 @@ def test_people_with_one_image_are_said_and_left_out_of_pairs(face_world, cli, t
     args = ("forget", "--model", face_world.model, "--data", data, "--classes", "bob", *NEW, *QUICK, *LOOSE)
     found = cli(tmp_path, *args)
     assert found.status == 0
-    assert any("'cleo'" in said and "one test image" in said for said in found.document["warnings"])
+    assert any("'cleo'" in said and "One test image" in said for said in found.document["warnings"])
     assert found.document["face"]["retain"]["after"]["tar"]["count"] == 3 * 45
 
 
@@ -234,6 +281,10 @@ def test_the_audit_of_a_run_and_its_page(run, face_world, cli):
         assert heading not in page
     assert "bob" not in page + stored
     assert "forgotten-1" in page
+    assert "next to people whom the model never saw" in page
+    assert "Verification above never-seen people" in page
+    assert "1 person (forgotten-1)" in page
+    assert "export runs/forget-0001 --onnx" in found.err  # every tier measures a face model alike
 
 
 def test_an_audit_of_a_model_that_forgot_nobody(face_world, cli, tmp_path):
@@ -243,6 +294,44 @@ def test_an_audit_of_a_model_that_forgot_nobody(face_world, cli, tmp_path):
     assert here.status == 3  # who was never asked to be forgotten is not
     assert here.document["original"] is None
     assert not any(c["name"] == "retain_tar_drop" for c in here.document["checks"])
+
+
+def test_who_has_one_image_can_be_forgotten_and_no_figure_is_made_up(face_world, cli, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(face_world.data, data)
+    for split in ("train", "test"):
+        for path in (data / split / "bob").iterdir():
+            if path.name != "0.png":
+                path.unlink()
+    args = ("forget", "--model", face_world.model, "--data", data, "--classes", "bob", *NEW, "--epochs", 2)
+    found = cli(tmp_path, *args, "--rank", 8, "--target-groups", 1, "--device", "cpu", *LOOSE)
+    assert found.status == 0
+    assert found.document["face"]["forget"]["after"]["tar"] is None
+    assert found.document["face"]["tar_excess"] is None
+    assert any("'bob'" in said and "One test image" in said for said in found.document["warnings"])
+    assert any("nobody of them has two test images" in said for said in found.document["not_tested"])
+
+
+def test_labels_never_reach_the_model(face_world):
+    """Whose an image is said to be changes nothing in its embedding: the forward pass takes images alone."""
+    import inspect
+
+    from gsforget.data import ImageSet, Split
+    from gsforget.export.device.preprocess import Preprocess
+    from gsforget.folder import load_model
+    from gsforget.tasks.base import Seen
+    from gsforget.tasks.face.losses import FaceForgetting
+
+    model, config = load_model(face_world.model)
+    assert list(inspect.signature(model.forward).parameters) == ["images"]
+    paths = [face_world.data / "test" / name / "0.png" for name in ("ann", "bob", "cleo")]
+    seen: list[Seen] = []
+    for labels in ([0, 1, 2], [2, 0, 1]):
+        images = ImageSet(Split(paths, np.array(labels)), Preprocess.from_dict(config.to_json()).load)
+        batch = images.batch(torch.arange(3))
+        seen.append(FaceForgetting((1,)).reader(model, batch)(batch))
+    assert torch.equal(seen[0].features, seen[1].features)
+    assert torch.equal(seen[0].outputs, seen[1].outputs)
 
 
 def test_servers_refuse_embedding_models(exported, tmp_path, cli):

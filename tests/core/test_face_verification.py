@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gsforget import RequestError
 from gsforget.tasks.face import verification as v
 from gsforget.tasks.face.evidence import FaceFigures, People, open_set
 
@@ -139,3 +140,43 @@ def test_without_never_seen_people_nothing_is_compared():
     assert [g.name for g in figures.gates(1.0)] == ["retain_tar_drop"]
     assert any("--never-seen" in said for said in figures.not_tested())
     assert figures.to_json()["never_seen"]["after"] == {"tar": None, "rank_one": None, "cosine": None}
+
+
+def test_people_forgotten_earlier_are_judged_too():
+    """Those who verify again breach `old_tar`, and count among those who may be taken for somebody else."""
+    names = [str(k) for k in range(9)]
+    people = world({**TIGHT, "forget": 9.0})
+    groups = {**people.groups, "forget": [5], "old": [6]}
+    again = people.embeddings.copy()
+    again[people.identities == 6] = world(TIGHT).embeddings[people.identities == 6]
+    before = open_set(People(world(TIGHT).embeddings, people.identities, groups))
+    gone, back = (
+        FaceFigures(before, open_set(People(e, people.identities, groups)), names) for e in (people.embeddings, again)
+    )
+    passed = [{g.name: g.passed for g in f.gates(1.0)} for f in (gone, back)]
+    assert passed[0]["old_tar"]
+    assert not passed[1]["old_tar"]
+    assert passed[1]["forget_tar"]
+    moved = people.embeddings.copy()
+    moved[people.identities == 6] = moved[people.identities == 0]
+    taken = FaceFigures(before, open_set(People(moved, people.identities, groups)), names)
+    gate = next(g for g in taken.gates(1.0) if g.name == "misattribution")
+    assert (gate.passed, gate.class_index) == (False, 6)
+
+
+def test_one_retained_person_tells_nothing():
+    people = world(TIGHT)
+    with pytest.raises(RequestError, match="two retained people") as caught:
+        open_set(People(people.embeddings, people.identities, {**people.groups, "retain": [2]}))
+    assert caught.value.kind == "few_people"
+
+
+def test_what_one_image_cannot_show_is_said():
+    people = world(TIGHT)
+    kept = np.ones(len(people.identities), bool)
+    for k in (5, 6):
+        kept[np.flatnonzero(people.identities == k)[1:]] = False
+    alone = open_set(People(people.embeddings[kept], people.identities[kept], people.groups))
+    said = FaceFigures(alone, alone, []).not_tested()
+    assert any("the forgotten people: nobody of them has two test images" in text for text in said)
+    assert not any("--never-seen" in text for text in said)

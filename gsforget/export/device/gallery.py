@@ -104,7 +104,8 @@ def load_gallery(path: Path) -> Gallery:
                 float(raw["threshold"]),
             )
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise _bad(path, str(error)) from error
+        plain = "pickle" in str(error)  # numpy then says how to run it
+        raise _bad(path, "it is no .npz of plain arrays" if plain else str(error)) from error
     if newer:
         raise _bad(path, "it is of a newer format")
     if gallery.templates.ndim != 2 or len(gallery.names) != len(gallery.templates) or not gallery.names:

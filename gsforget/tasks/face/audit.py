@@ -96,8 +96,11 @@ def _checks(figures: FaceFigures, sides: list[Any], groups: dict[str, list[int]]
     labels = sides[0][1][known[0]]
     for gate in evaluate_gates(right[-1], right[0], labels, groups["forget"], groups["retain"], groups["old"]):
         if gate.name == "forget_acc" or gate.name == "old_acc" or compared:
-            unit = "%" if gate.name.endswith("acc") else "points"
-            made.append(of_gate(gate, unit, SAYS[gate.name]))
+            unit, before = "%" if gate.name.endswith("acc") else "points", None
+            if compared and unit == "%":
+                group = groups["forget" if gate.name == "forget_acc" else "old"]
+                before = 100 * float(right[-1][np.isin(labels, group)].mean())
+            made.append(of_gate(gate, unit, SAYS[gate.name], before))
     for gate in figures.gates(1.0):
         if gate.name != "retain_tar_drop" or compared:
             before, after, never = (_tar(side, group) for side, group in _figures(figures, gate.name))
@@ -113,6 +116,7 @@ SAYS = {
     "old_acc": "The same for people forgotten earlier",
     "retain_drop": "Retained people's images that the head named rightly before and does not now",
     "class_drop": "The same for the retained person who lost most",
+    "old_tar": "The same for people forgotten earlier: {after:.1f} % of pairs (before: {before:.1f} %), and {never:.1f} %",
     "forget_tar": "Two images of a forgotten person verify in {after:.1f} % of pairs (before: {before:.1f} %), of a "
     "never-seen person in {never:.1f} %; the figure is the difference",
     "retain_tar_drop": "Pairs of retained people that verified before and do not now: {before:.1f} % before, {after:.1f} % after",
@@ -122,7 +126,7 @@ SAYS = {
 
 
 def _figures(figures: FaceFigures, gate: str) -> list[tuple[OpenSet, str]]:
-    group = "retain" if gate == "retain_tar_drop" else "forget"
+    group = {"retain_tar_drop": "retain", "old_tar": "old"}.get(gate, "forget")
     return [(figures.before, group), (figures.after, group), (figures.after, "never_seen")]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gsforget.errors import RequestError
 from gsforget.gates import Gate
 from gsforget.tasks.face import verification as v
 
@@ -24,6 +25,7 @@ GALLERY = (
     "galleries: a template of a forgotten person stays wherever it was enrolled; delete it (forget --gallery FILE "
     "does, on this machine)"
 )
+ONE_IMAGE = "verification of {}: nobody of them has two test images, and it compares two"
 NO_NEVER_SEEN = (
     "verification against never-seen people: give --never-seen with folders of people whom the model was not trained on"
 )
@@ -68,8 +70,15 @@ class OpenSet:
 
 
 def open_set(people: People) -> OpenSet:
-    """All figures of one model.  Raises ValueError where fewer than two retained people have images."""
+    """All figures of one model.  Raises RequestError ``few_people`` where fewer than two retained people have images."""
     kept, kept_ids = people.of("retain")
+    if len(np.unique(kept_ids)) < 2:
+        raise RequestError(
+            "Whom a model tells apart shows on two retained people or more with test images, and here there would be "
+            f"{len(np.unique(kept_ids))}.",
+            "Keep more people, or add test images of them.",
+            "few_people",
+        )
     _, _, impostors = v.pairs(kept, kept_ids)
     at = v.threshold(impostors)
     enrolled = v.halves(kept_ids)
@@ -129,14 +138,18 @@ class FaceFigures:
         return v.difference(lost, owners, *zero)
 
     def gates(self, max_retain_drop: float) -> list[Gate]:
-        """``retain_tar_drop``, and with never-seen people ``forget_tar`` and ``misattribution``: breached beyond their bounds."""
+        """What is breached beyond its bound: ``retain_tar_drop``, and with never-seen people ``forget_tar``, ``old_tar`` of
+        people forgotten earlier, and ``misattribution`` of both."""
         made = []
-        drop, excess = self.retained_drop(), self.excess()
+        drop = self.retained_drop()
         if drop is not None:
             made.append(_gate("retain_tar_drop", drop, max_retain_drop))
-        if excess is not None:
-            made.append(_gate("forget_tar", excess, MAX_TAR_EXCESS))
-        mine, theirs = (self.after.mistaken.get(g) for g in ("forget", "never_seen"))
+        for group in ("forget", "old"):
+            excess = self.excess(group)
+            if excess is not None:
+                made.append(_gate(f"{group}_tar", excess, MAX_TAR_EXCESS))
+        mistaken = self.after.mistaken
+        mine, theirs = [*mistaken.get("forget", []), *mistaken.get("old", [])], mistaken.get("never_seen")
         if mine and theirs:
             first, second = v.worst(mine), v.worst(theirs)
             value = 100 * (first.most / first.count - second.most / second.count)
@@ -186,7 +199,13 @@ class FaceFigures:
 
     def not_tested(self) -> list[str]:
         said = [FACES]
-        if self.excess() is None:
+        alone = [
+            title
+            for group, title in (("forget", "the forgotten people"), ("never_seen", "the never-seen people"))
+            if group in self.after.mistaken and not len(self.after.genuine[group][0])
+        ]
+        said += [ONE_IMAGE.format(title) for title in alone]
+        if "never_seen" not in self.after.mistaken:
             said.append(NO_NEVER_SEEN)
         at = self.after.threshold
         if at.impostors * at.asked < 1:

@@ -14,6 +14,7 @@ from gsforget.classes import check_remaining
 from gsforget.data import ImageFolder, ImageSet, listed
 from gsforget.errors import RequestError
 from gsforget.export.device.gallery import Gallery, load_gallery, make_gallery
+from gsforget.export.device.sidecar import write_sidecar
 from gsforget.folder import WEIGHTS, sha256
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.material import gather
@@ -139,8 +140,8 @@ class FaceStudy(ClassifyStudy):
         if not single:
             return []
         return [
-            f"{len(single)} people have one test image: {listed(single)}. Two are needed to compare, so that they are in no "
-            "verification figure."
+            f"One test image is there of {listed(single)}. Two are needed to compare, so that "
+            f"{'this person is' if len(single) == 1 else 'these people are'} in no verification figure."
         ]
 
     @property
@@ -227,7 +228,11 @@ class FaceStudy(ClassifyStudy):
 
         def write(folder: Path) -> None:
             made = make_gallery(again, embeddings, people, sha256(folder / WEIGHTS))
-            made.save(folder / "artifacts" / "gallery.npz")
+            path = folder / "artifacts" / "gallery.npz"
+            made.save(path)
+            # For verify, and for purge: an older run's gallery holds whom a later request forgot.
+            said = {"kind": "gallery", "file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+            write_sidecar(path, {"format": 1, **said, "source_sha256": made.model})
 
         return write, notes
 

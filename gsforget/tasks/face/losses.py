@@ -26,6 +26,7 @@ from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.separability import Separability
 from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
 from gsforget.tasks.classify.answers import correct, score
+from gsforget.tasks.face.answers import FaceClassifier
 from gsforget.tasks.face.model import FaceModel
 
 # All cosine losses are in units of CONCENTRATION nats, as of a von Mises-Fisher density around each target.
@@ -58,11 +59,12 @@ class FaceForgetting:
     def reader(self, model: nn.Module, example: Tensor) -> Reader:
         """Outputs are cosines with the head's rows [B, K], features embeddings [B, d]; no label reaches the model."""
         del example
-        assert isinstance(model, FaceModel)
+        face = model.face if isinstance(model, FaceClassifier) else model
+        assert isinstance(face, FaceModel)
 
         def read(images: Tensor) -> Seen:
-            embeddings = model(images)
-            return Seen(model.loss.cosines(embeddings), embeddings)
+            embeddings = face(images)
+            return Seen(face.loss.cosines(embeddings), embeddings)
 
         return read
 

@@ -25,16 +25,28 @@ SCALE, MARGINS = 64.0, {"cosface": 0.35, "arcface": 0.5, "softmax": 0.0}  # of t
 HEAD_DIM, STRIDE = 64, 8  # of the published Face Transformers; what their checkpoints do not tell
 
 
-class Head(nn.Module):
+class Head(nn.Linear):
     """One row per training identity: weight [K, d], and a bias [K] with plain softmax."""
 
     def __init__(self, identities: int, width: int, kind: str = "cosface", scale: float = SCALE):
-        super().__init__()
         if kind not in HEADS:
             raise RequestError(f"There is no head {kind!r}.", f"Type head={' or head='.join(HEADS)}.", "bad_head")
         self.kind, self.scale = kind, scale
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(identities, width)))
-        self.bias = nn.Parameter(torch.zeros(identities)) if kind == "softmax" else None
+        super().__init__(width, identities, bias=kind == "softmax")
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def rows(self) -> Tensor:
+        """What answers are products with, [K, d]."""
+        return self.weight if self.kind == "softmax" else self.scale * normalize(self.weight)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Answers [B, K] without any margin: s cos θ of embeddings [B, d] of length 1; softmax: W x + b of features."""
+        return linear(embeddings, self.rows, self.bias)
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Of embeddings [B, d] with each identity's row: [B, K]."""
