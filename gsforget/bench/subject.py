@@ -46,7 +46,19 @@ def start_folder(
     """
     from gsforget.source import load_source
 
+    if task not in (None, "classify", "face"):
+        raise RequestError(
+            f"A bench compares answers of one class an image, which a model of the task {task} does not give.",
+            "Type --task classify or --task face.",
+            "not_a_classifier",
+        )
     if checkpoint is None:
+        if not Path(model).is_dir():
+            raise RequestError(
+                f"There is no model folder {model}.",
+                "Name one, or the model that the weights in a file are of: --model NAME --checkpoint FILE.",
+                "no_model",
+            )
         return Path(model)
     source = load_source(str(model), names, checkpoint=checkpoint, model_kwargs=kwargs, task=task)
     folder = out / START

@@ -42,12 +42,34 @@ def test_the_list_names_methods_and_recipes(cli, tmp_path):
         (["--methods", "head-mask", "--protocol", "100-20"], "unknown_protocol", "4 classes"),
         (["--methods", "head-mask", "--protocol", "casia-5"], "unknown_protocol", "casia100-5"),
         (["--methods", "head-mask", "--protocol", "4-1", "--reference", "nowhere"], "no_model", "nowhere"),
+        (["--methods", "head-mask", "--protocol", "4-1", "--checkpoint", "x.pth"], "two_sources", "own weights"),
     ],
 )
 def test_bad_input(typed, options, kind, says):
     found = typed(*options)
     assert found.status == 2
     assert found.document["error"]["kind"] == kind
+    assert says in found.document["error"]["message"] + found.document["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ([], "no_model", "--checkpoint FILE"),
+        (["--checkpoint", "none.pth"], "no_checkpoint", "none.pth"),
+        (["--checkpoint", "weights.pth"], "not_published_layout", "Face Transformer"),
+        (["--checkpoint", "weights.pth", "--task", "detect"], "not_a_classifier", "detect"),
+    ],
+)
+def test_a_model_by_its_name(typed, tmp_path, options, kind, says):
+    import torch
+
+    torch.save({"head.weight": torch.zeros(4, 8)}, tmp_path / "weights.pth")
+    task = [] if "--task" in options else ["--task", "face"]
+    given = ["--methods", "gs-lora", "--protocol", "4-1", *task, *options]
+    found = typed(*given, model="face-transformer")
+    assert found.status == 2
+    assert found.document["error"]["kind"] == kind, found.document
     assert says in found.document["error"]["message"] + found.document["error"]["hint"]
 
 
