@@ -178,7 +178,7 @@ def _features(strand: Strand, audit: dict[str, Any]) -> Html:
         compared = any(measured(c.get("reference")) for c in strand.checks)
         how = "without a never-seen model to compare with"
         if audit.get("task") == "face":  # who the model never saw stands in the figure itself
-            how = "next to people whom the model never saw"
+            how = f"next to people whom the model never saw{_verified(audit)}"
         elif compared:
             how = "against a model or classes that never saw them"
         text = f"gone as far as this was tested: {count} passed, {how}."
@@ -194,6 +194,16 @@ def _features(strand: Strand, audit: dict[str, Any]) -> Html:
     else:
         text = f"not measured by the {audit.get('tier', 'chosen')} audit of this file; see “What was not tested”."
     return tag("p", tag("b", "In its features: "), text)
+
+
+def _verified(audit: dict[str, Any]) -> str:
+    """How often two images of one person verify: of forgotten and of never-seen people."""
+    face = (audit.get("details") or {}).get("face") or {}
+    tar = [((face.get(g) or {}).get("after") or {}).get("tar") or {} for g in ("forget", "never_seen")]
+    mine, theirs = (one.get("percent") for one in tar)
+    if mine is None or theirs is None:
+        return ""
+    return f" (two images verify in {number(mine, '%')} of pairs of a forgotten person, in {number(theirs, '%')} of a stranger's)"
 
 
 _RECOVERY = {
