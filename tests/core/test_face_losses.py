@@ -8,6 +8,8 @@ from gsforget.tasks.base import Seen
 from gsforget.tasks.face.losses import (
     CONCENTRATION,
     FORGET_WEIGHT,
+    NAMED_MARGIN,
+    NAMED_WEIGHT,
     PUSH_WEIGHT,
     RETAIN_WEIGHT,
     SCATTER_WEIGHT,
@@ -71,9 +73,26 @@ def test_nothing_is_lost_where_it_should_be():
     assert at_ideal.retain.item() == pytest.approx(0, abs=1e-4)
     assert at_ideal.forget < 0.2 * at_first.forget
     away = 1 - (z * made.targets).sum(1)[labels == 0]
-    near = ((z @ rows.T)[labels == 0].amax(1) - made.stranger).relu()
-    wanted = CONCENTRATION * (FORGET_WEIGHT * away + STRANGER_WEIGHT * near).mean()
+    cosines = (z @ rows.T)[labels == 0]
+    near = (cosines.amax(1) - made.stranger).relu()
+    named = (cosines[:, 0] - cosines[:, 1:].amax(1) + NAMED_MARGIN).relu()
+    wanted = CONCENTRATION * (FORGET_WEIGHT * away + STRANGER_WEIGHT * near + NAMED_WEIGHT * named).mean()
     assert at_first.forget.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_head_must_name_somebody_else_by_a_margin_and_no_more():
+    """The own row's cosine costs only until it lies the margin below the best other row's; nothing else changes here."""
+    made, _, labels, _ = objective()
+    mine, best = torch.nonzero(labels == 0).flatten()[:1], 0.3
+
+    def loss(own):
+        cosines = torch.tensor([[own, best, 0.1, -0.5]])
+        return made.losses(Seen(cosines, made.targets[mine]), mine).forget.item()
+
+    clear = loss(best - NAMED_MARGIN)
+    assert loss(-1.0) == pytest.approx(clear, abs=1e-6)
+    more = loss(best - 0.5 * NAMED_MARGIN) - clear
+    assert more == pytest.approx(CONCENTRATION * NAMED_WEIGHT * 0.5 * NAMED_MARGIN, rel=1e-4)
 
 
 def test_retained_images_are_held_by_their_cosine():

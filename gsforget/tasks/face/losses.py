@@ -4,7 +4,9 @@ Retained images are held where they were.  A forgotten image is drawn to what is
 person's direction (the mean of that person's embeddings): these targets have nothing in common but chance, so that two
 images of the person no longer verify, and they are no other person's, unlike masked targets, which would teach the model
 to take the forgotten person for the retained one that looks most alike.  Off everybody's row of the head it is held, the
-person's own as well, as soon as it lies closer to it than strangers do (`STRANGER`).
+person's own as well, as soon as it lies closer to it than strangers do (`STRANGER`).  And the head is to name somebody else:
+the own row has to lie below the nearest other one, by a margin that carries over to images never trained on; further down
+nothing is gained, or being far from it would tell of the person too.
 
 GS-LoRA++ adds what it adds to classification: a push from the person's prototype, until an image no longer verifies, and
 what a linear probe could still tell of the forgotten people is taken away (`separability`), stage by stage deeper while it
@@ -31,9 +33,10 @@ from gsforget.tasks.face.model import FaceModel
 
 # All cosine losses are in units of CONCENTRATION nats, as of a von Mises-Fisher density around each target.
 CONCENTRATION = 16.0
-RETAIN_WEIGHT, FORGET_WEIGHT = 32.0, 0.1  # a lost point of verification is seen long before a lost answer is
+RETAIN_WEIGHT, FORGET_WEIGHT = 64.0, 0.1  # a lost point of verification is seen long before a lost answer is
 PUSH_WEIGHT, SCATTER_WEIGHT = 1.0, 1.0
-STRANGER_WEIGHT, STRANGER = 4.0, 0.99  # quantile of a retained image's cosines with other people's rows
+STRANGER_WEIGHT, STRANGER = 1.0, 0.99  # quantile of a retained image's cosines with other people's rows
+NAMED_WEIGHT, NAMED_MARGIN = 1.0, 0.2  # cosine between the own row and the nearest other one
 FAR, SOME = 1e-3, 3000  # share of impostors that verify, and how many images it is taken from
 MARGIN = 0.2  # cosine; below the threshold by so much, chance no longer verifies
 SEPARABILITY_WEIGHT = 0.02  # at depth 1
@@ -142,13 +145,15 @@ class FaceObjective:
         return Losses(retain + forgotten, retain, forgotten)
 
     def _forgotten(self, cosines: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        """Towards the target, off everybody's row and, for GS-LoRA++, off the own prototype and off each other."""
+        """Towards the target, off everybody's row, the own one most and, for GS-LoRA++, off the prototype and each other."""
         away = 1 - (z * self.targets[rows]).sum(1)
+        labels = self.labels[rows]
         near = cosines.amax(1) - self.stranger
-        total = FORGET_WEIGHT * away + STRANGER_WEIGHT * near.relu()
+        own, others = cosines.gather(1, labels[:, None])[:, 0], cosines.scatter(1, labels[:, None], -1.0).amax(1)
+        named = own - others + NAMED_MARGIN
+        total = FORGET_WEIGHT * away + STRANGER_WEIGHT * near.relu() + NAMED_WEIGHT * named.relu()
         if self.separability is None:
             return CONCENTRATION * _mean(total)
-        labels = self.labels[rows]
         total = total + PUSH_WEIGHT * ((z * self.directions[labels]).sum(1) - self.verified).relu()
         return CONCENTRATION * (_mean(total) + SCATTER_WEIGHT * together(z, labels, self.verified))
 
