@@ -176,7 +176,7 @@ def examine_model(
 
     Returns:
         ``groups`` (name and linear layers of each feed-forward network), ``images``, ``accuracy`` on the test split
-        over the classes not forgotten so far (percent), and ``kappa``.
+        over the classes not forgotten so far (percent; of a face model the head's answers), and ``kappa``.
 
     Raises:
         RequestError: ``no_feed_forward``, ``corrupt_image``, ``class_order``, ``implausible_accuracy`` and the like.
@@ -186,14 +186,17 @@ def examine_model(
     from gsforget.data import ImageSet
     from gsforget.lora.blocks import as_logits, find_feed_forward
     from gsforget.metrics import check_plausible, confusion_matrix, predict
+    from gsforget.tasks.face.answers import FaceClassifier
+    from gsforget.tasks.face.model import FaceModel
 
+    model = FaceClassifier(source.model) if isinstance(source.model, FaceModel) else source.model
     images = ImageSet(data.test, load, skip_corrupt)
     images.check()
     groups = find_feed_forward(source.model, images.batch(torch.arange(1)))
     said: list[int] = []
     with torch.inference_mode():
         for part in torch.arange(len(images)).split(batch_size):
-            said += predict(as_logits(source.model(images.batch(part)))).tolist()
+            said += predict(as_logits(model(images.batch(part)))).tolist()
     active = [i for i in range(len(source.names)) if i not in source.erased]
     found = check_plausible(confusion_matrix(images.labels, said, len(source.names)), active, source.names)
     return {

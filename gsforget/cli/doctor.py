@@ -23,6 +23,7 @@ def doctor(
     img_size: Annotated[int | None, Opt(help="Input size in pixels.")] = None,
     mean: Annotated[str | None, Opt(help="Per channel, e.g. 0.5,0.5,0.5.")] = None,
     std: Annotated[str | None, Opt(help="Per channel.")] = None,
+    task: Annotated[str | None, Opt(help="classify or face; default: as the model folder says.")] = None,
     skip_corrupt: Annotated[bool, Opt("--skip-corrupt", help="Leave out images that cannot be read.")] = False,
     trust_code: TrustCodeOption = False,
     json: JsonOption = False,
@@ -42,7 +43,15 @@ def doctor(
     if model is not None and data is not None:
         preprocessing = {"img_size": img_size, "mean": parse_floats(mean), "std": parse_floats(std, "--std")}
         document["model"] = _examine(
-            model, data, checkpoint, parse_kwargs(model_kwargs), class_names, preprocessing, skip_corrupt, trust_code
+            model,
+            data,
+            checkpoint,
+            parse_kwargs(model_kwargs),
+            class_names,
+            preprocessing,
+            skip_corrupt,
+            trust_code,
+            task,
         )
         _show(document["model"])
     if json:
@@ -60,10 +69,12 @@ def _examine(
     preprocessing: dict[str, Any],
     skip_corrupt: bool,
     trust_code: bool,
+    task: str | None,
 ) -> dict[str, Any]:
     from gsforget.api import open_model_and_data
     from gsforget.classes import read_names
     from gsforget.doctor import examine_model
+    from gsforget.errors import RequestError
 
     source, images, load = open_model_and_data(
         model,
@@ -73,7 +84,14 @@ def _examine(
         class_names=read_names(class_names) if class_names else None,
         preprocessing=preprocessing,
         trust_code=trust_code,
+        task=task,
     )
+    if source.config.task == "detect":
+        raise RequestError(
+            f"{model} is a detector, and doctor counts answers of one class an image.",
+            "Type gsforget forget --task detect at once: it checks model and annotations before it starts.",
+            "not_a_classifier",
+        )
     return examine_model(source, images, load, skip_corrupt)
 
 

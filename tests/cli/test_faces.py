@@ -181,6 +181,22 @@ def test_a_patch_leads_a_device_to_the_exported_file(run, face_world, cli, tmp_p
     assert there["images"][0]["person"] == "ann"
 
 
+def test_int8_is_calibrated_next_to_people_never_seen(run, face_world, cli, tmp_path):
+    found = cli(run[0], "export", "runs/forget-0001", "--onnx", "--precision", "int8", "--out", tmp_path / "int8")
+    said = found.document
+    # So small a network may not stand int8; whatever is refused is refused for what was measured, not for the folders.
+    assert found.status in (0, 3), said
+    if found.status == 3:
+        assert said["error"]["kind"] in ("parity", "forgetting"), said
+
+
+def test_the_doctor_asks_a_face_models_head(face_world, cli, tmp_path):
+    found = cli(tmp_path, "doctor", "--model", face_world.model, "--data", face_world.data)
+    assert found.status == 0
+    assert found.document["model"]["accuracy"] > 90
+    assert found.document["model"]["groups"][0]["name"] == "backbone.blocks.0.mlp"
+
+
 def test_an_engine_of_an_embedding(run, cli, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     cwd, _ = run

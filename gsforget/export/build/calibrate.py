@@ -105,15 +105,24 @@ def calibrate(
 
 
 def calibration_images(
-    data: Path, names: list[str], erased: list[str], forgotten: Sequence[int], preprocess: Preprocess
+    data: Path,
+    names: list[str],
+    erased: list[str],
+    forgotten: Sequence[int],
+    preprocess: Preprocess,
+    task: str = "classify",
 ) -> Iterator[np.ndarray]:
     """Batches of training images of the classes that are not forgotten, spread evenly over them.
+
+    Among faces there may be people whom the model never saw; their images are not looked at.
 
     Raises RequestError where the folder does not fit the classes, or has no such images.
     """
     from gsforget.data import scan
+    from gsforget.tasks import find_task
 
-    train = scan(data, names, optional=erased).train
+    opened = find_task(task).open_data if task == "face" else scan
+    train = opened(data, names, erased).train
     kept = [path for path, label in zip(train.paths, train.labels, strict=True) if label not in forgotten]
     if not kept:
         raise RequestError(f"{data} holds no training images.", "Give another folder with --data.", "no_images")

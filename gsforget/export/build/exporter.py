@@ -285,7 +285,7 @@ class Export:
 
         self.progress("calibrating int8 on training images")
         images = calibration_images(
-            self.calibration_data(), *self._classes(), self.config.forgotten, self.info.preprocess
+            self.calibration_data(), *self._classes(), self.config.forgotten, self.info.preprocess, self.info.task
         )
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             plain = Path(folder) / "fp32.onnx"
