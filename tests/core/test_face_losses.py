@@ -135,6 +135,19 @@ def test_people_forgotten_earlier_are_nobodys_neighbours():
     assert made.stranger == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_who_was_forgotten_earlier_and_came_back_is_moved_off_again():
+    """Their images join the batches; the probes, which never learned them, have nothing to say about them."""
+    z, labels, rows = embedded()
+    task = FaceForgetting((0,), (1,), "gs-lora++")
+    made = task.objective(Seen(z @ rows.T, z), labels, labels <= 1, torch.nonzero(labels != 1).flatten())
+    now, back = (torch.nonzero(labels == k).flatten() for k in (0, 1))
+    alone, both = (made.losses(Seen(z[r] @ rows.T, z[r]), r) for r in (now, torch.cat([now, back])))
+    assert torch.isfinite(both.forget)
+    moved = made.losses(Seen(z[back] @ rows.T, z[back]), back).forget
+    assert moved > 0
+    assert both.forget != alone.forget
+
+
 def test_only_images_of_one_person_are_pushed_off_each_other():
     z = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, -1]])
     assert together(z, torch.tensor([0, 0, 1, 1]), 0.2).item() == pytest.approx(0.4)  # pairs of cosine 1 and -1

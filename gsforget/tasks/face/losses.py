@@ -73,11 +73,12 @@ class FaceForgetting:
 
     def objective(self, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> FaceObjective:
         embeddings = before.features.float()
-        wanted = torch.isin(labels, torch.tensor([*self.forget, *self.erased], device=labels.device))
+        gone = [*self.forget, *self.erased]
+        lost = torch.isin(labels, torch.tensor(gone, device=labels.device))
+        wanted = torch.isin(labels, torch.tensor(self.forget, device=labels.device))
         directions = prototypes(embeddings[train], labels[train], before.outputs.shape[1])
         others = before.outputs.float().clone()
         others.scatter_(1, labels[:, None], -1.0)
-        gone = [*self.forget, *self.erased]
         others[:, gone] = -1.0
         deep = self.method == "gs-lora++"
         return FaceObjective(
@@ -86,12 +87,11 @@ class FaceForgetting:
             directions,
             labels,
             forget,
-            verified_at(embeddings[train][~wanted[train]], labels[train][~wanted[train]]) - MARGIN,
-            float(others[~wanted].amax(1).quantile(STRANGER)) if (~wanted).any() else 1.0,
+            verified_at(embeddings[train][~lost[train]], labels[train][~lost[train]]) - MARGIN,
+            float(others[~lost].amax(1).quantile(STRANGER)) if (~lost).any() else 1.0,
             correct(before.outputs, labels),
-            Separability(embeddings, labels, train, torch.isin(labels, torch.tensor(self.forget).to(labels.device)))
-            if deep
-            else None,
+            Separability(embeddings, labels, train, wanted) if deep else None,
+            wanted,
         )
 
 
@@ -107,6 +107,7 @@ class FaceObjective:
         stranger: cosine with a retained person's row beyond which an image counts as near to that person.
         right_before: bool [N].
         separability: of GS-LoRA++, else None.
+        wanted: bool [N], images of whom to forget now; `forget` holds those of people forgotten earlier as well.
     """
 
     before: Tensor
@@ -118,6 +119,7 @@ class FaceObjective:
     stranger: float
     right_before: Tensor
     separability: Separability | None
+    wanted: Tensor
 
     @property
     def deepens(self) -> bool:
@@ -140,7 +142,8 @@ class FaceObjective:
         retain = RETAIN_WEIGHT * CONCENTRATION * _mean(moved)
         forgotten = self._forgotten(cosines[forget], z[forget], rows[forget])
         if self.separability is not None:
-            taken = self.separability.loss(z, rows, forget)
+            # No probe learns from people forgotten earlier: where they come back, the other terms move them off again.
+            taken = self.separability.loss(z, rows, forget & self.wanted[rows])
             forgotten = forgotten + depth * SEPARABILITY_WEIGHT * taken
         return Losses(retain + forgotten, retain, forgotten)
 
