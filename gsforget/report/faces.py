@@ -60,7 +60,7 @@ def verification(audit: dict[str, Any]) -> Html:
     at = (face.get("threshold") or {}).get("after") or {}
     words = (
         f"Two images verify above a cosine of {number(at.get('cosine'))}, which {number(100 * at.get('far', 0), '%')} of "
-        f"{at.get('impostors', 0)} pairs of different retained people reach. A forgotten person should verify no better than a "
+        f"{at.get('impostors', 0):,} pairs of different retained people reach. A forgotten person should verify no better than a "
         "person whom the model never saw; that is not 0. Identified: half of a person's images are enrolled beside all "
         "retained people, and the others looked for."
     )
