@@ -69,13 +69,17 @@ def show(rows: list[dict]) -> None:
             tar, rank = (spread([f[k]["percent"] for f in found]) for k in ("tar", "rank_one"))
             print(f"{group} {when}: TAR {tar}, rank 1 {rank}, cosine {spread([f['cosine'] for f in found])}")
     for name in ("tar_excess", "retain_tar_drop"):
-        print(f"{name}: {spread([row[name]['value'] for row in rows])}", [row[name] for row in rows])
-    for group in ("forget", "never_seen"):
+        intervals = ", ".join(f"{row[name]['low']:.1f} to {row[name]['high']:.1f}" for row in rows)
+        print(f"{name}: {spread([row[name]['value'] for row in rows])}; 95 % intervals {intervals}")
+    for group in ("forget", "old", "never_seen"):
         worst = [row["misattribution"][group]["after"] for row in rows]
+        if worst[0] is None:
+            continue
         print(
             f"{group} taken for one retained identity: worst {spread([w['percent'] for w in worst])} %, mean", end=" "
         )
-        print(f"{spread([w['mean'] for w in worst])} %", [(w["low"], w["high"]) for w in worst])
+        intervals = ", ".join(f"{w['low']:.1f} to {w['high']:.1f}" for w in worst)
+        print(f"{spread([w['mean'] for w in worst])} %; 95 % intervals of the worst {intervals}")
     for name in rows[0]["gates"]:
         print(f"gate {name}: passed {sum(r['gates'][name]['passed'] for r in rows)} of {len(rows)}")
     for name in ("forget_acc_after", "old_acc_after", "retain_acc_before", "retain_acc_after", "h_mean"):
