@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gsforget.export.device.onnx_file import PROPERTIES, fields
+from gsforget.export.device.onnx_file import KEY, PROPERTIES, Stored, fields, read_tensors
 
 PROBE = 64  # bytes searched for before a whole tensor is compared
 MOST_HITS = 1000  # places where a probe matches; beyond, a tensor is as good as constant and is not looked for
-# Field numbers of onnx.proto.
-GRAPH = 7  # of ModelProto
-INITIALIZER = 5  # of GraphProto
-NAME, RAW_DATA, EXTERNAL_DATA = 8, 9, 13  # of TensorProto
-KEY = 1  # of StringStringEntryProto
 
 
 @dataclass(frozen=True)
@@ -31,24 +26,21 @@ class NotLocated(Exception):
     """A tensor or an entry is not where it can be found without doubt; the message says which and why."""
 
 
-def onnx_places(data: bytes) -> dict[str, Place]:
-    """The raw data of each initializer in the bytes of an ONNX file, by name.
+def onnx_tensors(data: bytes) -> dict[str, Stored]:
+    """Where each initializer of an ONNX file lies, in it or beside it, by name.
 
-    Initializers stored in another way (outside the file, or number by number) are left out.  Raises NotLocated for a file
-    that is no ONNX model with one graph, or holds a name twice.
+    Initializers stored number by number are left out.  Raises NotLocated for a file that is no ONNX model with one graph,
+    or holds a name twice.
     """
-    places: dict[str, Place] = {}
-    seen: set[str] = set()
-    for tensor in (span for number, span in _fields(data, _graph(data)) if number == INITIALIZER):
-        parts = dict(_fields(data, tensor))
-        name = data[slice(*parts[NAME])].decode() if NAME in parts else ""
-        if not name or name in seen:
-            raise NotLocated(f"the ONNX file holds an initializer {name!r} twice or without a name")
-        seen.add(name)
-        if RAW_DATA in parts and EXTERNAL_DATA not in parts:
-            start, end = parts[RAW_DATA]
-            places[name] = Place(start, end - start)
-    return places
+    try:
+        return read_tensors(data)
+    except ValueError as error:
+        raise NotLocated(f"the ONNX file cannot be read: {error}") from error
+
+
+def onnx_places(data: bytes) -> dict[str, Place]:
+    """As ``onnx_tensors``, of those that lie in the file itself."""
+    return {name: Place(t.at, t.size) for name, t in onnx_tensors(data).items() if t.file is None}
 
 
 def onnx_metadata(data: bytes, key: str) -> Place:
@@ -102,13 +94,6 @@ def find_all(data: bytes, wanted: bytes) -> list[int]:
             found.append(begin)
         at = data.find(probe, at + 1)
     return found
-
-
-def _graph(data: bytes) -> tuple[int, int]:
-    graphs = [span for number, span in _fields(data, (0, len(data))) if number == GRAPH]
-    if len(graphs) != 1:
-        raise NotLocated(f"the file holds {len(graphs)} graphs and is no ONNX model that gsforget wrote")
-    return graphs[0]
 
 
 def _fields(data: bytes, within: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -171,14 +171,14 @@ class Packages:
         return path
 
     def _rebuild(self, path: Path, sidecar: dict[str, Any]) -> None:
-        """Build the engine anew that an old one is to become; engines of standard TensorRT are refitted instead."""
+        """Build the engine anew that an old one is to become; those of standard TensorRT are made on the device."""
         from gsforget.export.device.targets import choose
 
         export = self.export
         if sidecar.get("builder") != "tensorrt_rtx":
             export.not_tested.append(
-                f"{path.name} is an engine of standard TensorRT, which no patch of bytes fits: a device refits it, or "
-                "builds it again, from the patched ONNX file"
+                f"{path.name} is an engine of standard TensorRT, which no patch of bytes fits: the device that holds it "
+                "refits it, or builds it again, from the patched ONNX file"
             )
             return
         count = len(export.made)

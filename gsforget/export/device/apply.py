@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import GsforgetError, RequestError, SafetyError
@@ -19,6 +20,7 @@ from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.counters import Acknowledge, RollbackCounter
 from gsforget.export.device.edit import Edits
 from gsforget.export.device.files import copy_file, flush_folder, is_plain_name, read_json, sha256
+from gsforget.export.device.follow import STANDARD, find_source, next_name, source_of
 from gsforget.export.device.keys import read_public_key
 from gsforget.export.device.lock import WAIT
 from gsforget.export.device.manifest import Manifest
@@ -178,9 +180,11 @@ class _Call(RollForward):
         state = self._current(manifest, stuck)
         self._check_sequence(package, manifest, state)
         artifacts, made = self._plan(package, manifest, state)
-        self._check_space(sum(a.after.bytes for a in artifacts) + package.path.stat().st_size)
+        old = {held.name: held.bytes for held in state.artifacts} if state is not None else {}
+        engines = sum(old[str(one.base)] for one in made if one.source is not None)
+        self._check_space(sum(a.after.bytes for a in artifacts) + engines + package.path.stat().st_size)
         edits = Edits(manifest, package.plain(self.folder.fleet_key()))
-        for artifact, one in zip(artifacts, made, strict=True):
+        for artifact, one in zip(artifacts, made):  # engines that follow come last
             edits.prepare(open_base(self.folder, one), artifact)
         self.lap("check")
         intent = self._intend(package, made)
@@ -266,19 +270,31 @@ class _Call(RollForward):
     def _plan(
         self, package: Package, manifest: Manifest, state: State | None
     ) -> tuple[list[PatchedArtifact], list[Made]]:
-        """What is made from what: by a patch, exactly one new artifact from each of the device's own."""
+        """What is made from what: by a patch, exactly one new artifact from each of the device's own.
+
+        Engines of standard TensorRT, which no package names, are made from their ONNX files; they come last.
+        """
         if manifest.kind == "full" or state is None:
             artifacts, made = list(manifest.artifacts), [Made(manifest.artifacts[0].name, None)]
         else:
             by_base = {(a.kind, a.before.sha256): a for a in manifest.artifacts if a.before is not None}
+            artifacts, made, following = [], [], []
             for held in state.artifacts:
-                if (held.kind, held.sha256) not in by_base or manifest.precision != state.precision:
+                artifact = by_base.get((held.kind, held.sha256)) if manifest.precision == state.precision else None
+                if artifact is not None:
+                    artifacts.append(artifact)
+                    made.append(Made(artifact.name, held.name))
+                    continue
+                source = source_of(self.folder, held, state.artifacts)
+                new = by_base.get(("onnx", source.sha256)) if source is not None else None
+                if source is None or new is None:
                     message = f"{package.path} does not know {held.name} of this device (SHA-256 {held.sha256[:12]}…)."
                     raise SafetyError(message, REPAIR, "wrong_base")
-            artifacts = [by_base[held.kind, held.sha256] for held in state.artifacts]
-            made = [Made(artifact.name, held.name) for artifact, held in zip(artifacts, state.artifacts, strict=True)]
+                following.append(Made(next_name(held.name, source.name, new.name), held.name, new.name))
+            made += following
         in_use = {held.name.casefold() for held in state.artifacts} if state is not None else set()
-        clash = [m.name for m in made if m.name.casefold() in in_use]
+        new_names = [m.name.casefold() for m in made]
+        clash = [m.name for m in made if m.name.casefold() in in_use or new_names.count(m.name.casefold()) > 1]
         if clash:
             raise SafetyError(
                 f"{package.path} would overwrite {clash[0]}, which is in use.",
@@ -322,6 +338,7 @@ def _read_exports(paths: list[Path]) -> tuple[tuple[Held, ...], ArtifactInfo]:
     """What exported artifacts are, by their sidecars, and that they are of one model."""
     held: list[Held] = []
     infos: list[ArtifactInfo] = []
+    sidecars: list[dict[str, Any]] = []
     for path in paths:
         sidecar = check_hash(path)
         if sidecar is None or not isinstance(sidecar.get("model"), dict):
@@ -340,6 +357,7 @@ def _read_exports(paths: list[Path]) -> tuple[tuple[Held, ...], ArtifactInfo]:
             raise RequestError(f"{path.name!r} is no name for a file on every device.", "Rename it.", "bad_name")
         info = ArtifactInfo.from_json(sidecar["model"], str(sidecar_path(path)))
         infos.append(dataclasses.replace(info, features_name=None))
+        sidecars.append(sidecar)
         kind = "engine" if path.suffix.lower() == ".engine" else "onnx"
         digest = str(sidecar["sha256"]).lower()
         held.append(Held(path.name, kind, digest, path.stat().st_size, sha256(sidecar_path(path))))
@@ -348,6 +366,14 @@ def _read_exports(paths: list[Path]) -> tuple[tuple[Held, ...], ArtifactInfo]:
             "The artifacts are not of one model, sequence and precision, or two have one name.",
             "Name those of one export, each once.",
             "mixed_artifacts",
+        )
+    alone = [p for p, s in zip(paths, sidecars) if s.get("builder") == STANDARD and find_source(s, held) is None]
+    if alone:
+        raise RequestError(
+            f"{alone[0]} is an engine of standard TensorRT, which follows the ONNX file that it was built from, and that is "
+            "not among the files.",
+            f"Name both: gsforget apply MODEL.onnx {alone[0].name} --device-dir DIR.",
+            "no_onnx",
         )
     return tuple(held), infos[0]
 

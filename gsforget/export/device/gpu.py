@@ -19,7 +19,7 @@ class Gpu:
 
 def cuda_devices() -> int:
     """Number of NVIDIA GPUs; 0 without a driver."""
-    driver, count = _driver(), ctypes.c_int(0)
+    driver, count = cuda_driver(), ctypes.c_int(0)
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
@@ -27,7 +27,7 @@ def cuda_devices() -> int:
 
 def own_gpu() -> Gpu | None:
     """The first GPU that this process may use; None without one."""
-    driver = _driver()
+    driver = cuda_driver()
     device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
     name = ctypes.create_string_buffer(256)
     if driver is None or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
@@ -40,7 +40,7 @@ def own_gpu() -> Gpu | None:
     return None if any(failed) else Gpu(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
 
 
-def _driver() -> Any | None:
+def cuda_driver() -> Any | None:
     """The CUDA driver's library, started; None where it is absent or does not start."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:

@@ -1,4 +1,4 @@
-"""The properties of an ONNX file, read from its bytes: no package for it, and no loading of its weights.
+"""An ONNX file read from its bytes: its properties and where its weights lie, without a package and without loading them.
 
 An ONNX file is one protobuf message; its properties are the repeated field 14, each a message of key (1) and value (2).
 See the encoding on protobuf.dev and `ModelProto` in `onnx.proto`.
@@ -8,12 +8,35 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from gsforget.errors import RequestError
 
-PROPERTIES = 14
+# Field numbers of onnx.proto.
+PROPERTIES, GRAPH = 14, 7  # of ModelProto
+INITIALIZER = 5  # of GraphProto
+NAME, RAW_DATA, EXTERNAL_DATA = 8, 9, 13  # of TensorProto
+KEY, VALUE = 1, 2  # of StringStringEntryProto
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+Data = mmap.mmap | bytes | memoryview
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the bytes of an initializer lie: ``size`` bytes from ``at`` on.
+
+    Attributes:
+        file: the file beside the ONNX file in which they lie; None for the ONNX file itself.
+        named: where in the ONNX file the name of that file stands.
+    """
+
+    at: int
+    size: int
+    file: str | None = None
+    named: Span = (0, 0)
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -21,14 +44,57 @@ def read_properties(path: Path) -> dict[str, str]:
     try:
         with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             pairs = [dict(fields(data, *span)) for number, span in fields(data, 0, len(data)) if number == PROPERTIES]
-            return {data[slice(*p[1])].decode(): data[slice(*p[2])].decode() if 2 in p else "" for p in pairs if 1 in p}
+            return {_text(data, p[KEY]): _text(data, p.get(VALUE, (0, 0))) for p in pairs if KEY in p}
     except ValueError as error:  # an empty file cannot be mapped; text that is not UTF-8
         raise RequestError(
             f"{path} is not an ONNX file ({error}).", "Copy the file again, or export it again.", "bad_artifact"
         ) from error
 
 
-def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+def read_tensors(data: Data) -> dict[str, Stored]:
+    """Where the bytes of each initializer lie, by name.
+
+    Left out are initializers that are stored number by number, and such in another file whose length is not said there.
+    Raises ValueError for data that is no ONNX model with one graph, or holds a name twice.
+    """
+    graphs = [span for number, span in fields(data, 0, len(data)) if number == GRAPH]
+    if len(graphs) != 1:
+        raise ValueError(f"it holds {len(graphs)} graphs and is no ONNX model that gsforget wrote")
+    found: dict[str, Stored] = {}
+    seen: set[str] = set()
+    for tensor in (span for number, span in fields(data, *graphs[0]) if number == INITIALIZER):
+        parts = list(fields(data, *tensor))
+        by_number = dict(parts)
+        name = _text(data, by_number.get(NAME, (0, 0)))
+        if not name or name in seen:
+            raise ValueError(f"it holds an initializer {name!r} twice or without a name")
+        seen.add(name)
+        outside = [span for number, span in parts if number == EXTERNAL_DATA]
+        if outside:
+            found.update(_outside(data, name, outside))
+        elif RAW_DATA in by_number:
+            start, end = by_number[RAW_DATA]
+            found[name] = Stored(start, end - start)
+    return found
+
+
+def _outside(data: Data, name: str, entries: list[Span]) -> dict[str, Stored]:
+    """Where bytes lie in another file, by the entries of a tensor's external data."""
+    pairs = [dict(fields(data, *entry)) for entry in entries]
+    known = {_text(data, p[KEY]): p.get(VALUE, (0, 0)) for p in pairs if KEY in p}
+    if not {"location", "length"} <= known.keys():
+        return {}
+    at, size = int(_text(data, known.get("offset", (0, 0))) or 0), int(_text(data, known["length"]))
+    if at < 0 or size < 0:
+        raise ValueError(f"the bytes of {name} lie before their file begins")
+    return {name: Stored(at, size, _text(data, known["location"]), known["location"])}
+
+
+def _text(data: Data, span: Span) -> str:
+    return bytes(data[slice(*span)]).decode()
+
+
+def fields(data: Data, at: int, end: int) -> Iterator[tuple[int, Span]]:
     """Field numbers of a message, and where in the data the value of each lies.  Raises ValueError for no message."""
     while at < end:
         key, at = _varint(data, at, end)
@@ -47,7 +113,7 @@ def fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[tuple[int, tu
         at += size
 
 
-def _varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
+def _varint(data: Data, at: int, end: int) -> tuple[int, int]:
     """A number of seven bits per byte, lowest first, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):

@@ -80,7 +80,7 @@ def try_out(
             message = f"{held.name} says something else of itself than its package or sidecar does."
             raise SafetyError(message, REPAIR, "wrong_model")
         if known is not None and known.tests:
-            _ask(predictor, known, held.name)
+            ask(predictor, known, held.name)
             done.answered.append(held.name)
         done.predictor = done.predictor or predictor
     if known is None or not known.tests:
@@ -93,7 +93,8 @@ def noise(seed: int, batch: int, input_size: tuple[int, int, int]) -> np.ndarray
     return np.random.default_rng(seed).standard_normal((batch, *input_size)).astype(np.float32)
 
 
-def _ask(predictor: Predictor, known: KnownAnswers, name: str) -> None:
+def ask(predictor: Predictor, known: KnownAnswers, name: str) -> None:
+    """Raise SafetyError ``known_answers`` unless a model answers as its package says."""
     for test in known.tests:
         logits = predictor.predict(noise(test.seed, test.batch, predictor.info.preprocess.input_size))
         expected = np.array(test.new)

@@ -104,10 +104,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact that an intent makes: its new name, and the old file that it is made from (None: from the payload)."""
+    """An artifact that an intent makes.
+
+    Attributes:
+        name: its new name.
+        base: the old file that it is made from; None: from the payload.
+        source: of an engine that follows its ONNX file (see `follow`): the new ONNX file; else None.
+    """
 
     name: str
     base: str | None
+    source: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "base": self.base, **({"source": self.source} if self.source else {})}
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Intent:
     artifacts: tuple[Made, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "artifacts": [asdict(a) for a in self.artifacts]}
+        return {"format": FORMAT, **asdict(self), "artifacts": [a.to_json() for a in self.artifacts]}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Intent:
@@ -141,7 +151,7 @@ class Intent:
             artifacts=tuple(Made(**a) for a in raw["artifacts"]),
         )
         _check_same(made.to_json(), raw)
-        names = (*(a.name for a in made.artifacts), *(a.base for a in made.artifacts if a.base))
+        names = [name for a in made.artifacts for name in (a.name, a.base, a.source) if name is not None]
         if made.kind not in KINDS or not all(is_plain_name(n) for n in names) or type(made.sequence) is not int:
             raise ValueError("not an intent record")
         return made

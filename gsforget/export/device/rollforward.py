@@ -15,6 +15,8 @@ from gsforget.errors import SafetyError
 from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.files import flush_folder, sha256, write_json, write_pieces
+from gsforget.export.device.follow import Followed, make_engine
+from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import sidecar_path
 from gsforget.export.device.opening import Loaded, try_out
 from gsforget.export.device.package import read_package, verify_signature
@@ -113,12 +115,21 @@ class RollForward:
         folder.counter.advance(manifest.model_id, manifest.sequence)
         by_name = {a.name: a for a in manifest.artifacts}
         folder.models.mkdir(exist_ok=True)
-        held = tuple(self._make(made, by_name[made.name], edits) for made in intent.artifacts)
+        named = [made for made in intent.artifacts if made.source is None]
+        held = tuple(self._make(made, by_name[made.name], edits) for made in named)
         flush_folder(folder.models)
         flush_folder(folder.root)
         self.lap("write")
         loaded = try_out(folder, held, self.device, manifest.info, manifest.known_answers)
         self.lap("answers")
+        followed = [self._follow(intent, made, manifest) for made in intent.artifacts if made.source is not None]
+        for one in followed:
+            loaded.not_tested += [one.not_tested] if one.not_tested else []
+            loaded.answered += [one.held.name] if one.held and not one.not_tested else []
+        held += tuple(one.held for one in followed if one.held is not None)
+        flush_folder(folder.models)
+        if followed:
+            self.lap("engines")
         return self.record(intent, manifest.precision, held, manifest.key_id, loaded)
 
     def record(
@@ -179,6 +190,18 @@ class RollForward:
         message = f"{folder.ledger} does not end where what was begun on this device says that it does."
         raise SafetyError(message, REPAIR, "broken_ledger")
 
+    def _follow(self, intent: Intent, made: Made, manifest: Manifest) -> Followed:
+        """An engine that follows its ONNX file; the one that an earlier call has recorded already, where one has."""
+        folder = self.folder
+        entries = self._entries(intent)
+        if entries and _is_of(entries[-1], intent):
+            recorded = next((held for held in entries[-1].artifacts if held.name == made.name), None)
+            if recorded is not None:
+                folder.check_artifact(recorded)
+            return Followed(recorded, "recorded", f"{made.name}: it was settled before the call was interrupted")
+        onnx = next(one for one in intent.artifacts if one.name == made.source)
+        return make_engine(folder, made, str(onnx.base), manifest)
+
     def _make(self, made: Made, artifact: PatchedArtifact, edits: Edits) -> Held:
         """Write one new artifact and its sidecar, unless it is there whole, and read it back."""
         path = self.folder.models / made.name
@@ -227,12 +250,10 @@ def is_done(intent: Intent, state: State, entries: list[Entry]) -> bool:
 def _is_of(entry: Entry, intent: Intent) -> bool:
     """Whether a ledger line is the one that an intent leads to."""
     keys = ("kind", "model_id", "sequence", "manifest", "replaced")
-    same = all(getattr(entry, k) == getattr(intent, k) for k in keys)
-    return (
-        same
-        and entry.previous == intent.ledger
-        and {a.name for a in entry.artifacts} == {made.name for made in intent.artifacts}
-    )
+    same = all(getattr(entry, k) == getattr(intent, k) for k in keys) and entry.previous == intent.ledger
+    found = {a.name for a in entry.artifacts}
+    needed = {made.name for made in intent.artifacts if made.source is None}  # an engine that follows may be destroyed
+    return same and needed <= found <= {made.name for made in intent.artifacts}
 
 
 def _readable_state(folder: DeviceFolder) -> State | None:

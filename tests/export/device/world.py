@@ -109,6 +109,7 @@ class World:
                 "bytes": len(raw),
                 "sha256": sha(raw),
                 "model": self.info(sequence).to_json(),
+                "erasable": list(self.shapes),
             }
             sidecar_path(path).write_text(json.dumps(sidecar))
 
