@@ -30,7 +30,7 @@ from safetensors.torch import save
 from gsforget.checkpoint import read_weights
 from gsforget.export.build import export_model, export_patch, parity
 from gsforget.export.build.edits import changes_between, engine_edits
-from gsforget.export.build.locate import NotLocated
+from gsforget.export.build.locate import NotLocated, OnnxBytes
 from gsforget.export.device.apply import apply
 from gsforget.export.device.keys import new_keys
 from gsforget.folder import ModelConfig, build_model, is_model_folder, read_config, save_model, sha256, write_file
@@ -177,10 +177,10 @@ def sizes(made: dict) -> dict:
 
 def locate(old: Path, new: Path, engine: Path, run: Path, precision: str) -> dict[str, float | None]:
     """Seconds to find the tensors in the ONNX file, by its structure, and in the engine, by value."""
-    was, now, built = old.read_bytes(), new.read_bytes(), engine.read_bytes()
+    built = engine.read_bytes()
     delta = read_delta(run / "delta.safetensors")
     start = time.perf_counter()
-    changes, _ = changes_between(was, now, delta, precision)
+    changes, _ = changes_between(OnnxBytes.read(old), OnnxBytes.read(new), delta, precision)
     middle = time.perf_counter()
     try:
         engine_edits(built, changes)

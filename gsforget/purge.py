@@ -214,7 +214,7 @@ def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool
     """An artifact by its sidecar; a sidecar goes with its file."""
     is_sidecar = path.suffix == ".json" and (path.with_suffix("").is_file() or _read(path).get("file"))
     sidecar = path if is_sidecar else path.with_name(f"{path.name}.json")
-    content = _read(sidecar)
+    content = _read(sidecar) or _owner(path)
     artifact = path.with_suffix("") if is_sidecar else path
     if content.get("kind") == "patch" or artifact.suffix in (".patch", ".delta") or _is_patch(artifact):
         return PATCH, ""
@@ -226,6 +226,12 @@ def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool
     if source in before:
         return "an artifact from before an erasure", ""
     return None, "no sidecar says which model it was built from; look at it yourself"
+
+
+def _owner(data: Path) -> dict[str, Any]:
+    """The sidecar of the ONNX file that keeps its weights in a file; empty where none says so."""
+    sidecars = (_read(path) for path in sorted(data.parent.glob("*.onnx.json")))
+    return next((s for s in sidecars if isinstance(s.get("data_files"), dict) and data.name in s["data_files"]), {})
 
 
 def _is_patch(path: Path) -> bool:

@@ -194,6 +194,21 @@ def test_patches_for_devices_go_and_whole_models_after_the_erasure_stay(runs):
     assert any("patches that were sent out or are on devices" in sentence for sentence in made.out_of_reach)
 
 
+def test_weights_beside_an_onnx_file_go_with_it(runs):
+    _, first, second = runs
+    for name, source in (("old", sha256(first / WEIGHTS)), ("new", sha256(second / WEIGHTS))):
+        file = write_artifact(second, f"{name}.onnx", source)
+        (file.with_name(f"{name}-abc.data")).write_bytes(b"weights")
+        sidecar = file.with_name(f"{file.name}.json")
+        sidecar.write_text(
+            json.dumps({**json.loads(sidecar.read_text()), "data_files": {f"{name}-abc.data": "0" * 64}})
+        )
+    made = carry_out(second)
+    gone = {f"forget-0002/artifacts/{name}" for name in ("old.onnx", "old.onnx.json", "old-abc.data")}
+    assert names(made) == {"forget-0002/delta.safetensors", *gone}
+    assert not made.left
+
+
 def test_what_is_out_of_reach_is_named(runs, tmp_path):
     original, first, second = runs
     other = write_run(tmp_path / "runs" / "forget-0003", first, 0)

@@ -16,7 +16,7 @@ import numpy as np
 from gsforget.errors import GateError
 from gsforget.export.build.chain import ROUNDED
 from gsforget.export.build.int8 import int8_weights, read_int8
-from gsforget.export.build.locate import NotLocated, Place, find_matrix, onnx_metadata, onnx_places
+from gsforget.export.build.locate import NotLocated, OnnxBytes, Place, find_matrix, onnx_metadata, onnx_places
 from gsforget.export.device.changes import Builder, Digest, GiveEdit, PatchedArtifact, Scale, TensorChange, TensorEdit
 from gsforget.export.device.edit import Edits, mapped, rest_sha256
 from gsforget.export.device.factors import STORED
@@ -91,28 +91,28 @@ class Packer:
 
 
 def changes_between(
-    old: bytes, new: bytes, delta: dict[str, GridFactors], precision: str
+    old: OnnxBytes, new: OnnxBytes, delta: dict[str, GridFactors], precision: str
 ) -> tuple[list[Change], dict[str, Place]]:
-    """The tensors that differ between two ONNX files of one model, and where each lies in the old file.
+    """The tensors that differ between two ONNX files of one model, and where each lies in the old file or beside it.
 
     Raises NotLocated where one of them cannot be found in either file, GateError (kind ``rounded_away``) where none differs.
     """
     if precision == "int8":
-        return _int8_changes(old, new, delta)
+        return _int8_changes(old.data, new.data, delta)
     dtype = STORED[DTYPES[precision]]
-    places, after = onnx_places(old), onnx_places(new)
     found, where = [], {}
     for name, factors in sorted(delta.items()):
         shape = (factors.b.shape[0], factors.a.shape[1])
         parts = []
-        for data, known in ((old, places), (new, after)):
+        for file in (old, new):
             size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-            if name not in known or known[name].size != size:
-                raise NotLocated(f"the ONNX file holds no tensor {name} of {list(shape)} numbers in its own bytes")
-            parts.append(np.frombuffer(data, dtype, shape[0] * shape[1], known[name].at).reshape(shape))
+            if name not in file.tensors or file.tensors[name].size != size:
+                raise NotLocated(f"the ONNX file holds no tensor {name} of {list(shape)} numbers as bytes")
+            parts.append(np.frombuffer(file.bytes(name), dtype).reshape(shape))
         if parts[0].tobytes() != parts[1].tobytes():
             found.append(Change(name, factors, parts[0], parts[1]))
-            where[name] = places[name]
+            place = old.tensors[name]
+            where[name] = Place(place.at, place.size, file=place.file)
     if not found:
         raise _rounded_away(precision)
     return found, where
@@ -144,21 +144,59 @@ def _int8_changes(old: bytes, new: bytes, delta: dict[str, GridFactors]) -> tupl
 
 
 def onnx_edits(
-    old: bytes, new: bytes, changes: Sequence[Change], where: dict[str, Place], packer: Packer
+    old: OnnxBytes, new: OnnxBytes, changes: Sequence[Change], where: dict[str, Place], packer: Packer
 ) -> tuple[TensorEdit | GiveEdit, ...]:
     """The edits that make a new ONNX file of an old one: tensors, scales, and what differs in the metadata entry.
+
+    Of a file that keeps weights beside it, also the name of that file, at each tensor.
 
     Args:
         changes, where: as `changes_between` gives them; the changes were added to ``packer``.
     """
-    was, now = onnx_metadata(old, METADATA_KEY), onnx_metadata(new, METADATA_KEY)
-    entry = splice(old[was.at : was.at + was.size], new[now.at : now.at + now.size], was.at, packer)
-    edits: list[TensorEdit | GiveEdit] = [TensorEdit(p.at, p.size, name, p.transposed) for name, p in where.items()]
+    was, now = onnx_metadata(old.data, METADATA_KEY), onnx_metadata(new.data, METADATA_KEY)
+    entry = splice(old.data[was.at : was.at + was.size], new.data[now.at : now.at + now.size], was.at, packer)
+    edits: list[TensorEdit | GiveEdit] = [*data_edits(where, None), *_renames(old, new, packer)]
     for change, tensor in zip(changes, packer.tensors, strict=True):
         if change.scales_at is not None and tensor.scale is not None:
             at, size = change.scales_at.at, change.scales_at.size
             edits.append(GiveEdit(at, size, (tensor.scale.after, size)))
     return tuple(sorted([*edits, *entry], key=lambda e: e.at))
+
+
+def data_edits(where: dict[str, Place], file: str | None) -> tuple[TensorEdit, ...]:
+    """The edits of the tensors that lie in one file beside an ONNX file, or (None) in the ONNX file itself."""
+    edits = [TensorEdit(p.at, p.size, name, p.transposed) for name, p in where.items() if p.file == file]
+    return tuple(sorted(edits, key=lambda e: e.at))
+
+
+def data_pairs(old: OnnxBytes, new: OnnxBytes) -> dict[str, str]:
+    """The files beside an ONNX file, by the names of those beside the one before it.
+
+    Raises NotLocated where weights have moved between files.
+    """
+    pairs: dict[str, set[str]] = {}
+    for name in old.tensors.keys() & new.tensors.keys():
+        was, now = old.tensors[name].file, new.tensors[name].file
+        if was is None and now is None:
+            continue
+        pairs.setdefault(str(was), set()).add(str(now))
+    if any(len(names) > 1 for names in pairs.values()) or pairs.keys() != old.beside.keys():
+        raise NotLocated("the weights lie in other files than before")
+    return {was: names.pop() for was, names in pairs.items()}
+
+
+def _renames(old: OnnxBytes, new: OnnxBytes, packer: Packer) -> list[GiveEdit]:
+    """The edits by which tensors name the new file beside an ONNX file in place of the old one."""
+    given: dict[str, tuple[int, int]] = {}
+    edits = []
+    for was, now in data_pairs(old, new).items():
+        for tensor in old.tensors.values():
+            if tensor.file == was != now:
+                if now not in given:
+                    given[now] = packer.give(now.encode())
+                start, end = tensor.named
+                edits.append(GiveEdit(start, end - start, given[now]))
+    return edits
 
 
 def splice(old: bytes, new: bytes, at: int, packer: Packer) -> list[GiveEdit]:

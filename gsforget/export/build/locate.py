@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from gsforget.export.device.edit import mapped
+from gsforget.export.device.metadata import check_outside
 from gsforget.export.device.onnx_file import KEY, PROPERTIES, Stored, fields, read_tensors
 
 PROBE = 64  # bytes searched for before a whole tensor is compared
@@ -15,15 +18,46 @@ MOST_HITS = 1000  # places where a probe matches; beyond, a tensor is as good as
 
 @dataclass(frozen=True)
 class Place:
-    """``size`` bytes from ``at`` on; ``transposed`` where a matrix lies there column by column."""
+    """``size`` bytes from ``at`` on; ``transposed`` where a matrix lies there column by column.
+
+    ``file`` names the file beside an ONNX file in which they lie; None: the file itself.
+    """
 
     at: int
     size: int
     transposed: bool = False
+    file: str | None = None
 
 
 class NotLocated(Exception):
     """A tensor or an entry is not where it can be found without doubt; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class OnnxBytes:
+    """The bytes of an ONNX file, where its tensors lie, and the files beside it that hold some of them, by name."""
+
+    data: bytes
+    tensors: dict[str, Stored]
+    beside: dict[str, memoryview]
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxBytes:
+        """Raises NotLocated as ``onnx_tensors``, SafetyError ``bad_location`` for weights in other places than beside it."""
+        check_outside(path, None)
+        data = path.read_bytes()
+        tensors = onnx_tensors(data)
+        files = {t.file for t in tensors.values() if t.file is not None}
+        return cls(data, tensors, {name: mapped(path.with_name(name)) for name in sorted(files)})
+
+    def bytes(self, name: str) -> memoryview:
+        """The bytes of a tensor.  Raises NotLocated where they reach beyond their file."""
+        place = self.tensors[name]
+        source = memoryview(self.data) if place.file is None else self.beside[place.file]
+        found = source[place.at : place.at + place.size]
+        if len(found) != place.size:
+            raise NotLocated(f"tensor {name} reaches beyond the file in which it lies")
+        return found
 
 
 def onnx_tensors(data: bytes) -> dict[str, Stored]:

@@ -33,7 +33,7 @@ def export_onnx(
     info: ArtifactInfo,
     path: Path,
     opset: int = OPSET,
-    external_from: int = EXTERNAL_FROM,
+    external_from: int | None = None,
 ) -> list[str]:
     """Write a model as ONNX with a dynamic batch dimension.
 
@@ -45,7 +45,7 @@ def export_onnx(
         info: goes into the file's metadata; names the input and the outputs and gives the image size.  With a
             ``features_name``, what the classifier reads is a second output.
         path: file to write.  It must not be read by others meanwhile: publish it by renaming.  With more than
-            ``external_from`` bytes of weights, they lie beside it in one `.data` file.
+            ``external_from`` bytes of weights (default: `EXTERNAL_FROM`), they lie beside it in one `.data` file.
 
     Returns:
         Names of parameters that the model never uses; they are absent from the file.
@@ -77,7 +77,7 @@ def export_onnx(
     _set_weights(graph_model, arrays)
     graph_model.metadata_props[METADATA_KEY] = json.dumps(info.to_json(), sort_keys=True)
     graph_model.producer_name, graph_model.producer_version = "gsforget", None
-    external = sum(a.nbytes for a in arrays.values()) > external_from
+    external = sum(a.nbytes for a in arrays.values()) > (EXTERNAL_FROM if external_from is None else external_from)
     ir.save(graph_model, path, external_data=_data_name(path, arrays) if external else None)
     onnx.checker.check_model(str(path), full_check=True)
     return verify_names(path, arrays, parameters, _aliases(model))

@@ -13,13 +13,15 @@ from gsforget.export.build.edits import (
     DTYPES,
     Packer,
     changes_between,
+    data_edits,
+    data_pairs,
     describe_artifact,
     engine_edits,
     onnx_edits,
     prove,
 )
-from gsforget.export.build.exporter import Export, open_at
-from gsforget.export.build.locate import NotLocated
+from gsforget.export.build.exporter import Export, Made, open_at
+from gsforget.export.build.locate import NotLocated, OnnxBytes
 from gsforget.export.build.previous import Previous
 from gsforget.export.device.changes import GiveEdit, PatchedArtifact, TensorEdit
 from gsforget.export.device.keys import SigningKey
@@ -28,7 +30,6 @@ from gsforget.export.device.package import SUFFIX, plain_payload, write_package
 from gsforget.folder import WEIGHTS, sha256
 
 if TYPE_CHECKING:
-    from gsforget.export.build.exporter import Made
     from gsforget.export.device.infer import Predicts
     from gsforget.export.device.keys import PublicKey
     from gsforget.lora.grid import GridFactors
@@ -65,8 +66,8 @@ class Packages:
         packer = Packer(DTYPES[export.precision])
         proven: list[tuple[PatchedArtifact, Made]] = []
         failed: list[tuple[Made, str]] = []
-        old, new = old_onnx.read_bytes(), export.made[0].path.read_bytes()
         try:
+            old, new = OnnxBytes.read(old_onnx), OnnxBytes.read(export.made[0].path)
             changes, where = changes_between(old, new, delta, export.precision)
             for change in changes:
                 packer.add(change)
@@ -78,11 +79,17 @@ class Packages:
             try:
                 if made.kind == "onnx":
                     edits: Sequence[TensorEdit | GiveEdit] = onnx_edits(old, new, changes, where, packer)
+                    files = [(made, old_path, edits)]
+                    for was, now in data_pairs(old, new).items():
+                        beside = Made(made.path.with_name(now), "data", [], {})
+                        files.append((beside, old_path.with_name(was), data_edits(where, was)))
                 else:
-                    edits = engine_edits(old_path.read_bytes(), changes)
-                artifact = describe_artifact(made, old_path, edits)
-                prove(self._manifest("patch", packer, [artifact]), bytes(packer.payload), artifact, old_path)
-                proven.append((artifact, made))
+                    files = [(made, old_path, engine_edits(old_path.read_bytes(), changes))]
+                described = [(describe_artifact(one, base, edits), one, base) for one, base, edits in files]
+                manifest = self._manifest("patch", packer, [artifact for artifact, _, _ in described])
+                for artifact, _, base in described:
+                    prove(manifest, bytes(packer.payload), artifact, base)
+                proven += [(artifact, one) for artifact, one, _ in described]
             except (NotLocated, SafetyError) as error:
                 failed.append((made, str(error).rstrip(".")))
         if proven:
@@ -117,17 +124,14 @@ class Packages:
         shape, exact = export.info.preprocess.input_size, self._exact()
         answers = only_new(new, exact, shape, export.precision)
         for one in made:
-            if one.extra.get("data_files"):
-                raise RequestError(
-                    f"{one.path.name} keeps its weights in a second file, which a package cannot carry.",
-                    "Send both files by other means: gsforget export --onnx.",
-                    "too_large",
-                )
+            beside = [Made(one.path.with_name(n), "data", [], {}) for n in one.extra.get("data_files", ())]
             packer = Packer(DTYPES[export.precision])
-            content = one.path.read_bytes()
-            packer.give(content)
-            manifest = self._manifest("full", packer, [describe_artifact(one, None, ())], answers)
-            self._write(f"{one.path.stem}{SUFFIX}", manifest, content)
+            for part in (one, *beside):
+                packer.payload += part.path.read_bytes()
+            artifacts = [describe_artifact(part, None, ()) for part in (one, *beside)]
+            self._write(
+                f"{one.path.stem}{SUFFIX}", self._manifest("full", packer, artifacts, answers), bytes(packer.payload)
+            )
 
     def _exact(self) -> Predicts:
         """The new weights in float32 arithmetic: how far others lie from it is what rounding changes."""

@@ -6,28 +6,27 @@ model never loads; see `rollforward`.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.counters import Acknowledge, RollbackCounter
 from gsforget.export.device.edit import Edits
-from gsforget.export.device.files import copy_file, flush_folder, is_plain_name, read_json, sha256
-from gsforget.export.device.follow import STANDARD, find_source, next_name, source_of
+from gsforget.export.device.exports import read_exports, sidecar_bytes
+from gsforget.export.device.files import copy_file, flush_folder, read_json, write_file
+from gsforget.export.device.follow import next_name, source_of
 from gsforget.export.device.keys import read_public_key
 from gsforget.export.device.lock import WAIT
 from gsforget.export.device.manifest import Manifest
-from gsforget.export.device.metadata import ArtifactInfo, check_hash, sidecar_path
+from gsforget.export.device.metadata import sidecar_path
 from gsforget.export.device.opening import load, try_out
 from gsforget.export.device.package import Package, read_package, verify
-from gsforget.export.device.records import Held, Intent, Made, State
+from gsforget.export.device.records import Intent, Made, State
 from gsforget.export.device.rollforward import Applied, RollForward, Swap, is_done, open_base
 from gsforget.export.device.runtime import SUFFIXES, Predictor, check_artifact
 from gsforget.export.device.store import REPAIR, DeviceFolder, file_sha256
@@ -201,7 +200,7 @@ class _Call(RollForward):
         if folder.check() is not None:
             hint = "Apply a signed package to it, or name an empty folder."
             raise RequestError(f"{folder.root} holds a model already.", hint, "not_empty")
-        held, info = _read_exports(exports)
+        files, held, info = read_exports(exports)
         floor = max(folder.counter.read(info.model_id), folder.acknowledge.newest(info.model_id))
         if info.sequence < floor:
             raise _rollback(exports[0], info.sequence, floor)
@@ -214,9 +213,9 @@ class _Call(RollForward):
         intent = Intent("install", info.model_id, info.sequence, None, FIRST, None, made)
         folder.write_intent(intent)
         try:
-            for path, one in zip(exports, held, strict=True):
+            for path, one in zip(files, held, strict=True):
                 copy_file(path, folder.models / one.name)
-                copy_file(sidecar_path(path), sidecar_path(folder.models / one.name))
+                write_file(sidecar_path(folder.models / one.name), sidecar_bytes(path, one))
                 folder.check_artifact(one)
             flush_folder(folder.models)
             self.lap("write")
@@ -275,7 +274,7 @@ class _Call(RollForward):
         Engines of standard TensorRT, which no package names, are made from their ONNX files; they come last.
         """
         if manifest.kind == "full" or state is None:
-            artifacts, made = list(manifest.artifacts), [Made(manifest.artifacts[0].name, None)]
+            artifacts, made = list(manifest.artifacts), [Made(a.name, None) for a in manifest.artifacts]
         else:
             by_base = {(a.kind, a.before.sha256): a for a in manifest.artifacts if a.before is not None}
             artifacts, made, following = [], [], []
@@ -332,50 +331,6 @@ class _Call(RollForward):
                 "Free some space; nothing has been changed.",
                 "no_space",
             )
-
-
-def _read_exports(paths: list[Path]) -> tuple[tuple[Held, ...], ArtifactInfo]:
-    """What exported artifacts are, by their sidecars, and that they are of one model."""
-    held: list[Held] = []
-    infos: list[ArtifactInfo] = []
-    sidecars: list[dict[str, Any]] = []
-    for path in paths:
-        sidecar = check_hash(path)
-        if sidecar is None or not isinstance(sidecar.get("model"), dict):
-            raise RequestError(
-                f"{path} has no sidecar {sidecar_path(path).name} that says what it is.",
-                "Copy the sidecar along with the artifact, as gsforget export writes it.",
-                "no_sidecar",
-            )
-        if sidecar.get("data_files"):
-            raise RequestError(
-                f"{path} keeps weights in a file beside it, which a device folder cannot hold.",
-                "Export at a lower precision, so that one file suffices: --precision fp16.",
-                "external_data",
-            )
-        if not is_plain_name(path.name):
-            raise RequestError(f"{path.name!r} is no name for a file on every device.", "Rename it.", "bad_name")
-        info = ArtifactInfo.from_json(sidecar["model"], str(sidecar_path(path)))
-        infos.append(dataclasses.replace(info, features_name=None))
-        sidecars.append(sidecar)
-        kind = "engine" if path.suffix.lower() == ".engine" else "onnx"
-        digest = str(sidecar["sha256"]).lower()
-        held.append(Held(path.name, kind, digest, path.stat().st_size, sha256(sidecar_path(path))))
-    if any(info != infos[0] for info in infos) or len({h.name.casefold() for h in held}) != len(held):
-        raise RequestError(
-            "The artifacts are not of one model, sequence and precision, or two have one name.",
-            "Name those of one export, each once.",
-            "mixed_artifacts",
-        )
-    alone = [p for p, s in zip(paths, sidecars) if s.get("builder") == STANDARD and find_source(s, held) is None]
-    if alone:
-        raise RequestError(
-            f"{alone[0]} is an engine of standard TensorRT, which follows the ONNX file that it was built from, and that is "
-            "not among the files.",
-            f"Name both: gsforget apply MODEL.onnx {alone[0].name} --device-dir DIR.",
-            "no_onnx",
-        )
-    return tuple(held), infos[0]
 
 
 def _empty(root: Path) -> RequestError:

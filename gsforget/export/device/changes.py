@@ -13,7 +13,7 @@ from gsforget.export.device.files import is_plain_name
 from gsforget.export.device.strict_json import BadField, choice, hexadecimal, integer, items, record, text
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # bytes of an element
-SUFFIXES = {"onnx": ".onnx", "engine": ".engine"}
+SUFFIXES = {"onnx": ".onnx", "engine": ".engine", "data": ".data"}  # data: weights of the ONNX file, beside it
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class PatchedArtifact:
     """A file that a package makes: from an old one by edits, or, in a full package, from the payload alone.
 
     Attributes:
-        kind: ``onnx`` or ``engine``.
+        kind: ``onnx``, ``engine``, or ``data``: a file in which the ONNX file keeps its weights.
         name: of the new file; a plain name with the kind's suffix.
         targets: GPUs of an engine, such as ``sm86``.
         builder: of an engine.

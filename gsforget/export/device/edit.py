@@ -85,8 +85,9 @@ class Edits:
 
     def pieces(self, old: memoryview, artifact: PatchedArtifact) -> Iterator[memoryview]:
         """The new file's bytes, from first to last; after ``prepare``."""
-        if artifact.before is None:
-            yield memoryview(self.payload)
+        if artifact.before is None:  # the files of a full package lie in its payload one after the other
+            start = sum(a.after.bytes for a in self.manifest.artifacts[: self.manifest.artifacts.index(artifact)])
+            yield memoryview(self.payload)[start : start + artifact.after.bytes]
             return
         position = 0
         for edit in artifact.edits:

@@ -281,6 +281,7 @@ def _check_whole(m: Manifest) -> None:
         raise BadField("info names no erased class, yet this is an erasure patch")
     if not m.artifacts or not m.known_answers.tests:
         raise BadField("a patch needs an artifact and a known answer")
+    _check_data(m)
     _check_tensors(m)
     for i, artifact in enumerate(m.artifacts):
         _check_edits(m, artifact, f"artifacts[{i}]")
@@ -289,13 +290,22 @@ def _check_whole(m: Manifest) -> None:
 
 
 def _check_full(m: Manifest) -> None:
-    if m.requires is not None or m.tensors or len(m.artifacts) != 1:
-        raise BadField("a full package has one artifact, no tensors, and requires nothing")
-    only = m.artifacts[0]
-    if only.before is not None or only.edits or only.rest_sha256 is not None:
+    kinds = [a.kind for a in m.artifacts]
+    if m.requires is not None or m.tensors or kinds.count("onnx") + kinds.count("engine") != 1:
+        raise BadField("a full package has one artifact, with its data if any, no tensors, and requires nothing")
+    _check_data(m)
+    if any(a.before is not None or a.edits or a.rest_sha256 is not None for a in m.artifacts):
         raise BadField("the artifact of a full package has nothing from before")
-    if (only.after.bytes, only.after.sha256) != (m.payload.plain_bytes, m.payload.plain_sha256):
+    if sum(a.after.bytes for a in m.artifacts) != m.payload.plain_bytes:
         raise BadField("the payload is not the artifact")
+    if len(m.artifacts) == 1 and m.artifacts[0].after.sha256 != m.payload.plain_sha256:
+        raise BadField("the payload is not the artifact")
+
+
+def _check_data(m: Manifest) -> None:
+    kinds = {a.kind for a in m.artifacts}
+    if "data" in kinds and "onnx" not in kinds:
+        raise BadField("data belongs to an ONNX file, and there is none")
 
 
 def _check_tensors(m: Manifest) -> None:

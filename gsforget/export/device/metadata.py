@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import sha256
+from gsforget.export.device.files import is_plain_name, sha256
+from gsforget.export.device.onnx_file import outside_files
 from gsforget.export.device.preprocess import Preprocess
 
 METADATA_KEY = "gsforget"  # in the metadata_props of an ONNX file
@@ -135,7 +136,7 @@ def check_hash(artifact: str | Path) -> dict[str, Any] | None:
     if not isinstance(stated, str):
         raise _refused(f"{sidecar_path(artifact)} states no sha256.", "bad_sidecar")
     data = sidecar.get("data_files", {})
-    if not isinstance(data, dict) or any(Path(str(name)).name != name for name in data):
+    if not isinstance(data, dict) or not all(isinstance(name, str) and is_plain_name(name) for name in data):
         raise _refused(f"{sidecar_path(artifact)} names data files outside its own folder.", "bad_sidecar")
     for path, expected in ((Path(artifact), stated), *((Path(artifact).with_name(n), h) for n, h in data.items())):
         if not path.is_file():
@@ -146,6 +147,19 @@ def check_hash(artifact: str | Path) -> dict[str, Any] | None:
                 f"{path} is not the file that its sidecar describes (SHA-256 {found[:12]}…).", "hash_mismatch"
             )
     return sidecar
+
+
+def check_outside(artifact: Path, sidecar: Mapping[str, Any] | None) -> None:
+    """Refuse an ONNX file that keeps weights anywhere but in plain files beside it, which its sidecar, if any, names.
+
+    Raises SafetyError, kind ``bad_location``.
+    """
+    for name in sorted(outside_files(artifact)):
+        beside = artifact.with_name(name) if is_plain_name(name) else None
+        if beside is None or beside.is_symlink() or (beside.exists() and not beside.is_file()):
+            raise _refused(f"{artifact} keeps weights in {name!r}, which is no plain file beside it.", "bad_location")
+        if sidecar is not None and name not in sidecar.get("data_files", {}):
+            raise _refused(f"{artifact} keeps weights in {name}, which its sidecar does not name.", "bad_location")
 
 
 def find_info(artifact: str | Path, embedded: Mapping[str, str], sidecar: Mapping[str, Any] | None) -> ArtifactInfo:

@@ -78,6 +78,46 @@ def read_tensors(data: Data) -> dict[str, Stored]:
     return found
 
 
+def outside_files(path: Path) -> set[str]:
+    """The names of all files in which an ONNX file keeps weights: of initializers, and of tensors anywhere in its nodes.
+
+    Raises RequestError (kind ``bad_artifact``) for a file that is none.
+    """
+    try:
+        with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return set(_locations(data, (0, len(data)), MODEL))
+    except ValueError as error:
+        raise RequestError(
+            f"{path} is not an ONNX file ({error}).", "Copy the file again, or export it again.", "bad_artifact"
+        ) from error
+
+
+# Where messages lie in messages, by field number: a tensor can be anywhere below these.
+MODEL = "model"
+INSIDE = {
+    MODEL: {GRAPH: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", INITIALIZER: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+
+
+def _locations(data: Data, within: Span, kind: str) -> Iterator[str]:
+    if kind == "tensor":
+        for number, span in fields(data, *within):
+            if number == EXTERNAL_DATA:
+                entry = dict(fields(data, *span))
+                if _text(data, entry.get(KEY, (0, 0))) == "location":
+                    yield _text(data, entry.get(VALUE, (0, 0)))
+        return
+    for number, span in fields(data, *within):
+        if number in INSIDE[kind]:
+            yield from _locations(data, span, INSIDE[kind][number])
+
+
 def _outside(data: Data, name: str, entries: list[Span]) -> dict[str, Stored]:
     """Where bytes lie in another file, by the entries of a tensor's external data."""
     pairs = [dict(fields(data, *entry)) for entry in entries]

@@ -33,7 +33,7 @@ def load(folder: DeviceFolder, state: State, device: str) -> Predictor:
     Raises RequestError ``cannot_run`` where none does, SafetyError for bytes that are not those of the state.
     """
     reasons = []
-    for held in _by_preference(state.artifacts):
+    for held in _by_preference(state.artifacts):  # data beside an ONNX file is checked with it, by its sidecar
         folder.check_artifact(held)
         try:
             predictor = _open(folder, held, device)
@@ -113,7 +113,7 @@ def _open(folder: DeviceFolder, held: Held, device: str) -> Predictor:
 
 
 def _by_preference(artifacts: Sequence[Held]) -> list[Held]:
-    return sorted(artifacts, key=lambda held: held.kind != "engine")
+    return sorted((held for held in artifacts if held.kind != "data"), key=lambda held: held.kind != "engine")
 
 
 def _passes_over(held: Held, error: RequestError) -> bool:

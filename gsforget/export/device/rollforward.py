@@ -18,6 +18,7 @@ from gsforget.export.device.files import flush_folder, sha256, write_json, write
 from gsforget.export.device.follow import Followed, make_engine
 from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import sidecar_path
+from gsforget.export.device.onnx_file import outside_files
 from gsforget.export.device.opening import Loaded, try_out
 from gsforget.export.device.package import read_package, verify_signature
 from gsforget.export.device.records import Entry, Held, Intent, Made, State
@@ -214,6 +215,13 @@ class RollForward:
                     f"{path} was not written as it should be: is the disk damaged?", REPAIR, "wrong_result"
                 )
         m = edits.manifest
+        outside = sorted(outside_files(path)) if artifact.kind == "onnx" else []
+        beside = {a.name: a.after.sha256 for a in m.artifacts if a.kind == "data"}
+        if not set(outside) <= beside.keys():
+            message = (
+                f"{path} keeps weights in a file that does not come with it: {min(set(outside) - beside.keys())!r}."
+            )
+            raise SafetyError(message, REPAIR, "bad_location")
         write_json(
             sidecar_path(path),
             {
@@ -225,6 +233,7 @@ class RollForward:
                 "targets": list(artifact.targets),
                 "builder": artifact.builder.to_json() if artifact.builder else None,
                 "model": m.info.to_json(),
+                **({"data_files": {name: beside[name] for name in outside}} if outside else {}),
             },
         )
         after = artifact.after

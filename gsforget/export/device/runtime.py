@@ -14,7 +14,7 @@ import numpy as np
 from gsforget.errors import RequestError
 from gsforget.export.device.files import sha256
 from gsforget.export.device.gpu import cuda_devices
-from gsforget.export.device.metadata import ArtifactInfo, check_hash, find_info
+from gsforget.export.device.metadata import ArtifactInfo, check_hash, check_outside, find_info
 from gsforget.export.device.preprocess import Preprocess
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity: it otherwise warns about GPUs it does not find
@@ -86,6 +86,7 @@ class OnnxPredictor:
         optimised: bool = True,
     ):
         sidecar = check_hash(path)
+        check_outside(path, sidecar)
         self.path, self.sha256 = path, str(sidecar["sha256"]).lower() if sidecar else sha256(path)
         self._session = _session(path, _providers(device, cache), optimised)
         if PROVIDERS.get(device, "") not in ("", *self._session.get_providers()):

@@ -1,0 +1,181 @@
+"""Models whose weights lie in a file beside the ONNX file, as beyond 1.5 GB: patched, packed, installed, and no way out of
+their folder."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+from gsforget.errors import RequestError, SafetyError
+from gsforget.export.build import export_model, export_patch
+from gsforget.export.build import onnx as writer
+from gsforget.export.build.locate import OnnxBytes
+from gsforget.export.device.apply import apply, open_device
+from gsforget.export.device.files import sha256
+from gsforget.export.device.metadata import check_outside, read_sidecar, sidecar_path
+from gsforget.export.device.onnx_file import outside_files, read_tensors
+from gsforget.export.device.package import read_package
+from gsforget.export.device.runtime import open_model
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Every model is too large for one file."""
+    monkeypatch.setattr(writer, "EXTERNAL_FROM", 1000)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_chain):
+    """An original with its fp32 ONNX file, two erasures in a row, and keys."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "EXTERNAL_FROM", 1000)
+        export_model(make_chain(root), onnx=True, out=root / "artifacts")
+    return root
+
+
+@pytest.fixture
+def chain(world, copied_chain):
+    return copied_chain(world)
+
+
+def held(root):
+    return sorted(p.name for p in (root / "models").iterdir() if p.suffix != ".json")
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_patches_lead_a_device_to_both_files_of_a_fresh_export(chain, tmp_path, precision):
+    root = tmp_path / "device"
+    if precision != "fp32":
+        export_model(chain.original, onnx=True, precision=precision)
+    apply(f"artifacts/model-0000-{precision}.onnx", root, trust=chain.public)
+    assert [name.rsplit(".", 1)[1] for name in held(root)] == ["data", "onnx"]
+    for sequence, run, previous in ((1, chain.first, chain.original), (2, chain.second, chain.first)):
+        made = export_patch(run, previous=previous, key=chain.key, precision=precision)
+        patch = made["artifacts"][0]
+        assert patch["kind"] == "patch"
+        fresh = {p.name: p for p in (run / "artifacts").iterdir() if p.suffix in (".onnx", ".data")}
+        assert {r["name"]: r["patched_equals_rebuilt"] for r in patch["replaces"]} == dict.fromkeys(fresh, True)
+        whole = sum(p.stat().st_size for p in fresh.values())
+        assert patch["bytes"] < whole, "the manifest names the new file at each tensor, and no weights travel"
+        done = apply(patch["path"], root)
+        assert held(root) == sorted(fresh)
+        for name, path in fresh.items():
+            assert (root / "models" / name).read_bytes() == path.read_bytes()
+        assert len(done.removed) == 2
+        if precision == "fp32":  # a CPU computes no bf16
+            assert done.loaded.answered == [f"model-{sequence:04d}-{precision}.onnx"]
+            assert open_device(root).info.sequence == sequence
+
+
+def test_a_whole_package_holds_both_files(chain, tmp_path):
+    made = export_patch(chain.first, full=True, key=chain.key)
+    package = read_package(chain.first / "artifacts" / "model-0001-fp32.gsf")
+    assert [a.kind for a in package.manifest.artifacts] == ["onnx", "data"]
+    assert made["artifacts"][0]["kind"] == "full"
+    root = tmp_path / "device"
+    apply(package.path, root, trust=chain.public)
+    assert open_device(root).info.sequence == 1
+    for name in held(root):
+        assert (root / "models" / name).read_bytes() == (chain.first / "artifacts" / name).read_bytes()
+    second = export_patch(chain.second, previous=chain.first, key=chain.key)
+    apply(second["artifacts"][0]["path"], root)
+    assert open_device(root).info.sequence == 2
+
+
+@pytest.mark.parametrize("which", ["data", "onnx"])
+def test_a_changed_byte_in_either_file_is_refused(chain, tmp_path, which):
+    root, model = tmp_path / "device", "artifacts/model-0000-fp32.onnx"
+    apply(model, root, trust=chain.public)
+    patch = export_patch(chain.first, previous=chain.original, key=chain.key)["artifacts"][0]["path"]
+    path = next(p for p in (root / "models").iterdir() if p.suffix == f".{which}")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    for call in (lambda: apply(patch, root), lambda: open_device(root)):
+        with pytest.raises(SafetyError) as refused:
+            call()
+        assert refused.value.kind in ("hash_mismatch", "wrong_base")
+    assert not (root / "intent.json").exists()
+    export = next(p for p in (tmp_path / "copy" / "artifacts").iterdir() if p.suffix == f".{which}")
+    export.write_bytes(export.read_bytes()[:-1])
+    with pytest.raises(SafetyError):
+        apply(model, tmp_path / "other", trust=chain.public)
+
+
+def test_tensors_are_read_where_they_lie(chain):
+    path = chain.original.parent / "artifacts" / "model-0000-fp32.onnx"
+    read = OnnxBytes.read(path)
+    arrays = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    beside = [name for name in read.tensors if read.tensors[name].file]
+    assert beside
+    for name in read.tensors:
+        assert bytes(read.bytes(name)) == arrays[name].tobytes()
+        place = read.tensors[name]
+        if place.file:
+            assert read.data[slice(*place.named)].decode() == place.file
+
+
+def tricked(source, path, location):
+    """A copy of a model that says its weights lie elsewhere, with a sidecar that fits."""
+    model = onnx.load(source, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    onnx.save_model(model, path)
+    old = read_sidecar(source)
+    data = {location: next(iter(old["data_files"].values()))}
+    sidecar_path(path).write_text(json.dumps({**old, "sha256": sha256(path), "data_files": data}))
+
+
+@pytest.mark.parametrize(
+    "location", ["/etc/passwd", "../weights.data", "below/weights.data", ".hidden.data", "", "a\\b.data"]
+)
+def test_weights_outside_the_folder_are_refused(chain, tmp_path, location):
+    source, path = chain.original.parent / "artifacts" / "model-0000-fp32.onnx", tmp_path / "model.onnx"
+    tricked(source, path, location)
+    for call in (lambda: apply(path, tmp_path / "device", trust=chain.public), lambda: open_model(path, "cpu")):
+        with pytest.raises((SafetyError, RequestError)) as refused:
+            call()
+        assert refused.value.kind in ("bad_sidecar", "bad_location"), refused.value
+    sidecar_path(path).unlink()
+    with pytest.raises(SafetyError) as refused:
+        open_model(path, "cpu")
+    assert refused.value.kind == "bad_location"
+
+
+def test_links_and_files_that_the_sidecar_does_not_name_are_refused(chain, tmp_path):
+    source = chain.original.parent / "artifacts" / "model-0000-fp32.onnx"
+    (name,) = outside_files(source)
+    copy = tmp_path / source.name
+    shutil.copy(source, copy)
+    (tmp_path / name).symlink_to(source.with_name(name))
+    with pytest.raises(SafetyError, match="no plain file"):
+        open_model(copy, "cpu")
+    (tmp_path / name).unlink()
+    shutil.copy(source.with_name(name), tmp_path)
+    sidecar_path(copy).write_text(json.dumps({**read_sidecar(source), "data_files": {}}))
+    with pytest.raises(SafetyError, match="does not name"):
+        open_model(copy, "cpu")
+    with pytest.raises(SafetyError, match="does not name"):
+        apply(copy, tmp_path / "device", trust=chain.public)
+
+
+def test_tensors_hidden_in_nodes_are_found(tmp_path):
+    hidden = numpy_helper.from_array(np.ones(8, np.float32), "c")
+    set_external_data(hidden, "../secret.bin", 0, 32)
+    hidden.ClearField("raw_data")
+    inner = helper.make_graph([helper.make_node("Constant", [], ["c"], value=hidden)], "inner", [], [])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+    model = helper.make_model(helper.make_graph([node], "g", [], []))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert outside_files(path) == {"../secret.bin"}
+    assert read_tensors(path.read_bytes()) == {}
+    with pytest.raises(SafetyError, match="secret"):
+        check_outside(path, None)
