@@ -115,11 +115,18 @@ def _watch(model: Path, folder: Path, top: int, device: str) -> None:
     from gsforget.export.device.watch import Watcher, watch
 
     watcher = Watcher(Source(model, device), folder, top)
-    say(f"Sequence {watcher.slot.current.info.sequence} answers what arrives in {folder} (Ctrl-C ends it).")
+    sequence = watcher.slot.current.info.sequence
+    say(f"Sequence {sequence} answers what arrives in {folder} (Ctrl-C ends it).")
     say(f"Lines go to {watcher.predictions}.")
-    watch(
-        watcher, lambda lines: table(("Image", "Class", "Score", "Then"), map(_row, lines), numbers=("Score",)), sleep
-    )
+
+    def show(lines: list[dict[str, Any]]) -> None:
+        nonlocal sequence
+        if lines[-1]["sequence"] != sequence:
+            sequence = lines[-1]["sequence"]
+            say(f"Sequence {sequence} answers from now on.")
+        table(("Image", "Class", "Score", "Then"), map(_row, lines), numbers=("Score",))
+
+    watch(watcher, show, sleep)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.files import flush_folder, sha256, write_json, write_pieces
 from gsforget.export.device.follow import Followed, make_engine
+from gsforget.export.device.lock import WAIT, wait_for_answers
 from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import sidecar_path
 from gsforget.export.device.onnx_file import outside_files
@@ -167,6 +168,8 @@ class RollForward:
         folder.counter.advance(state.model_id, state.sequence)
         if self.swap is not None:
             self.swap(loaded.predictor)
+        if not wait_for_answers(folder.root):
+            loaded.not_tested.append(f"whether all answer by the new model: a batch has not ended within {WAIT:.0f} s")
         removed = folder.clean(state.artifacts)
         try:
             folder.acknowledge.applied({**state.to_json(), "time": now_text()})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device.apply import open_device
+from gsforget.export.device.lock import answering
 from gsforget.export.device.runtime import Predictor, open_model
 from gsforget.export.device.slot import Slot
 from gsforget.export.device.store import INTENT, STATE, DeviceFolder, is_device_folder
@@ -41,6 +43,15 @@ class Source:
                 "not_served",
             )
         return found
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Within it, look with ``follow``, answer and write down: no package is reported as applied meanwhile."""
+        return answering(self.path) if self.is_folder else nullcontext()
+
+    @property
+    def changed(self) -> bool:
+        """Whether a package was begun or applied since the model was loaded."""
+        return self.is_folder and self._mark() != self._seen
 
     def follow(self, slot: Slot) -> bool:
         """Where another process has changed the device folder, put the new model into a slot; returns whether it did.

@@ -39,7 +39,8 @@ class Watcher:
     """Answers the images of a folder.
 
     Args:
-        source: where the model comes from; a device folder's is replaced between two batches when a package was applied.
+        source: where the model comes from; a device folder's is replaced between two batches when a package was applied, and
+            `apply` reports that only after the batch in flight has ended.
         folder: searched with all in it; hidden files and folders are left out, so that an upload may begin as one.
         top: how many classes per image, at most.
         batch_size: images in one run of the model.
@@ -68,6 +69,9 @@ class Watcher:
         settled = [s for s in now.values() if s not in self._answered and self._before.get(s.path) == s]
         self._before = now
         lines: list[dict[str, Any]] = []
+        if not settled:
+            with self.source.answering():
+                self.source.follow(self.slot)  # also where nothing arrives, the old model does not stay loaded
         for start in range(0, len(settled), self.batch_size):
             lines += self._answer(settled[start : start + self.batch_size])
         return lines
@@ -78,8 +82,20 @@ class Watcher:
         return sum(seen not in self._answered for seen in self._before.values())
 
     def _answer(self, batch: list[Seen]) -> list[dict[str, Any]]:
-        """Answer a batch and keep its lines on disk."""
-        self.source.follow(self.slot)
+        """Answer a batch and keep its lines on disk, all by the model that the device folder holds then."""
+        with self.source.answering():
+            self.source.follow(self.slot)
+            lines = self._lines(batch)
+            while self.source.changed:  # what a package has overtaken is not written down
+                self.source.follow(self.slot)
+                lines = self._lines(batch)
+            self._append(lines)
+        answered = {line["path"] for line in lines}
+        self._answered.update(seen for seen in batch if seen.path in answered)
+        return lines
+
+    def _lines(self, batch: list[Seen]) -> list[dict[str, Any]]:
+        """The lines of a batch, by the model in place."""
         with self.slot.take() as lease:
             info = lease.predictor.info
             images, errors = self._load(batch, info.preprocess.load)
@@ -94,8 +110,6 @@ class Watcher:
                 what = {"top": ranked[seen.path]} if seen.path in ranked else errors[seen.path].to_json()
                 of = {"model_id": info.model_id, "sequence": info.sequence}
                 lines.append({"path": seen.path, "bytes": seen.bytes, "modified": seen.modified, **what, **of})
-                self._answered.add(seen)
-        self._append(lines)
         return lines
 
     def _load(

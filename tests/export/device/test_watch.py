@@ -1,20 +1,25 @@
 """A watched folder: each complete image answered once, also across restarts, and by the new model after a package."""
 
 import io
+import itertools
 import json
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.device import lock
 from gsforget.export.device.apply import apply
 from gsforget.export.device.infer import classify
 from gsforget.export.device.runtime import open_model
 from gsforget.export.device.source import Source
+from gsforget.export.device.store import DeviceFolder
 from gsforget.export.device.watch import PREDICTIONS, Watcher
 
 
@@ -125,6 +130,103 @@ def test_the_next_batch_after_a_package_is_the_new_model_s(inbox, device, chain)
     watcher.look()
     with pytest.raises(SafetyError):
         watcher.look()
+
+
+class Slow:
+    """A model whose answers wait until they are let go."""
+
+    def __init__(self, model):
+        self.model, self.asked, self.go = model, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def predict(self, batch):
+        self.asked.set()
+        assert self.go.wait(60)
+        return self.model.predict(batch)
+
+
+def test_apply_reports_only_when_the_batch_in_flight_has_ended_and_its_old_answers_are_not_written(
+    inbox, device, chain
+):
+    source = Source(device, "cpu")
+    watcher = Watcher(source, inbox, batch_size=2)
+    slow = Slow(watcher.slot.current)
+    watcher.slot.swap(slow)
+    for name in ("a.png", "b.png", "c.png"):
+        (inbox / name).write_bytes(picture(ord(name[0])))
+    watcher.look()
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(watcher.look)
+        assert slow.asked.wait(60)
+        applying = pool.submit(apply, chain.root / "patch-0001-fp32.gsf", device)
+        until = time.monotonic() + 60
+        while DeviceFolder(device).state().sequence != 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert not applying.done(), "the old model still answers"
+        assert (device / "models" / chain.artifact(0).name).exists()
+        assert lines(inbox) == []
+        slow.go.set()
+        done = applying.result(60)
+        assert [entry["sequence"] for entry in found.result(60)] == [1, 1, 1]
+    assert done.loaded.not_tested == []
+    assert paths(lines(inbox)) == ["a.png", "b.png", "c.png"]
+    assert {entry["sequence"] for entry in lines(inbox)} == {1}
+
+
+def test_a_batch_that_never_ends_does_not_stop_an_erasure_and_is_said(device, chain, monkeypatch):
+    monkeypatch.setattr(lock.wait_for_answers, "__defaults__", (0.05,))
+    with lock.answering(device):
+        done = apply(chain.root / "patch-0001-fp32.gsf", device)
+    assert done.state.sequence == 1
+    assert any("a batch has not ended" in note for note in done.loaded.not_tested)
+    assert lock.wait_for_answers(device)
+
+
+def test_where_nothing_arrives_the_old_model_does_not_stay_loaded(inbox, device, chain):
+    watcher = Watcher(Source(device, "cpu"), inbox)
+    apply(chain.root / "patch-0001-fp32.gsf", device)
+    assert watcher.look() == []
+    assert watcher.slot.current.info.sequence == 1
+
+
+def test_a_running_watch_never_answers_by_the_old_model_after_apply_has_returned(inbox, device, chain, start_command):
+    process = start_command("infer", device, "--watch", inbox, "--device", "cpu")
+    stop = threading.Event()
+
+    def feed():
+        for number in itertools.count():
+            if stop.wait(0.02):
+                return
+            (inbox / f".{number}").write_bytes(picture(number))
+            (inbox / f".{number}").rename(inbox / f"{number}.png")
+
+    def arrive(count):
+        until = time.monotonic() + 90
+        while len(lines(inbox)) < count and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.02)
+        assert len(lines(inbox)) >= count, process.stderr.read() if process.poll() is not None else "too slow"
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    try:
+        reported = []
+        for sequence in (1, 2):
+            arrive(len(lines(inbox)) + 10)
+            apply(chain.root / f"patch-{sequence:04d}-fp32.gsf", device)
+            reported.append(len(lines(inbox)))
+        arrive(reported[-1] + 10)
+    finally:
+        stop.set()
+        feeder.join()
+    sequences = [entry["sequence"] for entry in lines(inbox)]
+    assert sequences == sorted(sequences)
+    assert set(sequences[: reported[0]]) <= {0, 1}
+    assert sequences[0] == 0
+    assert set(sequences[reported[0] : reported[1]]) <= {1, 2}
+    assert set(sequences[reported[1] :]) == {2}
 
 
 def test_folders_that_cannot_be_watched(inbox, tmp_path, chain):
