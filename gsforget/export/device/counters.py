@@ -30,7 +30,10 @@ class Acknowledge(Protocol):
     """A server that is told what was applied and remembers it."""
 
     def applied(self, record: Mapping[str, Any]) -> None:
-        """Take a record: ``model_id``, ``sequence``, ``precision``, ``artifacts``, ``ledger``, ``time``."""
+        """Take a record, signed by the device: what `state.json` says, ``time``, ``device``, ``signature``.
+
+        A server checks it by `acknowledgements.Register`.
+        """
         ...
 
     def newest(self, model_id: str) -> int:

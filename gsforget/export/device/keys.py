@@ -20,12 +20,12 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import read_json, write_json
+from gsforget.export.device.files import PARTIAL, flush_folder, read_json, write_json
 from gsforget.export.device.manifest import Encryption
 
 FORMAT = 1
-SIGNING, FLEET = "signing", "fleet"
-FILES = {SIGNING: ("signing.key", "signing.pub.json"), FLEET: ("fleet.key", "fleet.pub.json")}
+SIGNING, FLEET, DEVICE = "signing", "fleet", "device"
+FILES = {kind: (f"{kind}.key", f"{kind}.pub.json") for kind in (SIGNING, FLEET, DEVICE)}
 SEALED = b"gsforget patch payload 1\n"
 ENVIRONMENT = "GSFORGET_KEY"
 LARGEST_SEALED = 2**31 - 32  # bytes that the cipher takes at once
@@ -43,7 +43,7 @@ def key_id(public: bytes) -> str:
 
 @dataclass(frozen=True)
 class PublicKey:
-    """A public key of a kind, ``signing`` or ``fleet``: 32 raw bytes."""
+    """A public key of a kind, ``signing``, ``fleet`` or ``device``: 32 raw bytes."""
 
     kind: str
     public: bytes
@@ -156,15 +156,37 @@ def new_keys(folder: Path, fleet: bool = False) -> tuple[Path, Path]:
         FleetKey(X25519PrivateKey.generate()) if fleet else SigningKey(Ed25519PrivateKey.generate())
     )
     folder.mkdir(parents=True, exist_ok=True)
+    _write_private(private, made)
+    write_json(public, made.public.to_json())
+    return private, public
+
+
+def device_key(root: Path) -> SigningKey:
+    """A device's own key, which signs what it acknowledges: `device.key` of its folder, made where there is none.
+
+    Beside it lies `device.pub.json`, for the server.  The caller holds the folder's lock.  Raises as ``read_signing_key``.
+    """
+    private, public = (root / name for name in FILES[DEVICE])
+    if not private.exists():
+        partial = root / f".{private.name}{PARTIAL}"  # complete or absent, as all files of the folder
+        partial.unlink(missing_ok=True)
+        _write_private(partial, SigningKey(Ed25519PrivateKey.generate()))
+        os.replace(partial, private)
+    key = read_signing_key(private)
+    if not public.exists():
+        write_json(public, PublicKey(DEVICE, key.public.public).to_json())
+        flush_folder(root)
+    return key
+
+
+def _write_private(path: Path, key: SigningKey | FleetKey) -> None:
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    pem = made.private.private_bytes(encoding, form, serialization.NoEncryption())
-    descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    pem = key.private.private_bytes(encoding, form, serialization.NoEncryption())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as handle:
         handle.write(pem)
         handle.flush()
         os.fsync(handle.fileno())
-    write_json(public, made.public.to_json())
-    return private, public
 
 
 def signing_key_path(given: Path | None = None) -> Path:

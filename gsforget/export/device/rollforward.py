@@ -12,6 +12,7 @@ from typing import Any
 
 from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import SafetyError
+from gsforget.export.device.acknowledgements import tell
 from gsforget.export.device.changes import PatchedArtifact
 from gsforget.export.device.edit import Edits, mapped
 from gsforget.export.device.files import flush_folder, sha256, write_json, write_pieces
@@ -172,7 +173,7 @@ class RollForward:
             loaded.not_tested.append(f"whether all answer by the new model: a batch has not ended within {WAIT:.0f} s")
         removed = folder.clean(state.artifacts)
         try:
-            folder.acknowledge.applied({**state.to_json(), "time": now_text()})
+            tell(folder, state)
         except Exception as error:  # a server that cannot be reached stops no erasure
             loaded.not_tested.append(f"acknowledgement: {error}")
         folder.forget_intent()

@@ -163,25 +163,6 @@ def test_the_new_model_is_handed_over_before_the_old_one_is_destroyed(chain, dev
     assert done.loaded.predictor.info.sequence == 1
 
 
-def test_acknowledgements(chain, device, patch1, patch2):
-    (device / "acks").mkdir()
-    done = apply(patch1, device)
-    (record,) = [json.loads(p.read_text()) for p in (device / "acks").iterdir()]
-    assert record["ledger"] == done.state.ledger
-    assert (record["sequence"], record["artifacts"][0]["sha256"]) == (1, done.state.artifacts[0].sha256)
-
-    class Unreachable:
-        def applied(self, record):
-            raise ConnectionError("no route to host")
-
-        def newest(self, model_id):
-            return 0
-
-    done = apply(patch2, device, acknowledge=Unreachable())
-    assert any("no route to host" in note for note in done.loaded.not_tested)
-    assert open_device(device).info.sequence == 2
-
-
 # --- installs that are refused
 
 
