@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 from gsforget import __version__, ledger
 from gsforget.errors import GsforgetError, SafetyError
 from gsforget.export.device.files import flush_folder
+from gsforget.export.device.triton import RECORD
 from gsforget.folder import CONFIG, WEIGHTS, read_config, sha256, write_file
 from gsforget.lineage import Ancestor, ancestors, read_request
+from gsforget.purge_triton import find_served
 from gsforget.purged import PURGED, Removed, read_purged
 
 DELTA = "delta.safetensors"
@@ -43,7 +46,8 @@ SHOWS_IMAGES = (
     "replaces it"
 )
 ALWAYS = (
-    "artifacts that were exported to other folders, and engines and models that are already on devices",
+    "artifacts that were exported to other folders, engines and models that are already on devices, and Triton repositories "
+    "that were filled on another machine",
     "patches that were sent out or are on devices: with the model after it, a patch gives most of the model before; a "
     "device deletes its copy once it has applied it",
     "backups, snapshots and copies of any of these files",
@@ -64,7 +68,9 @@ class Item:
 
     @property
     def name(self) -> str:
-        return self.path.relative_to(self.run).as_posix()
+        """Relative to the run; of what lies elsewhere, the whole path."""
+        inside = self.path.is_relative_to(self.run)
+        return (self.path.relative_to(self.run) if inside else self.path).as_posix()
 
     def to_json(self) -> dict[str, Any]:
         return {"path": str(self.path), "bytes": self.bytes, "sha256": self.sha256, "why": self.why}
@@ -77,6 +83,7 @@ class Plan:
     Attributes:
         run: the run folder that was named.
         items: files to remove, oldest run first.
+        folders: of Triton repositories, to remove once they are empty.
         unfinished: runs whose earlier purge was interrupted after its last file.
         left: files of the runs that gsforget does not know, each with a reason why it stays.
         out_of_reach: sentences on what still knows the classes and is not removed.
@@ -84,6 +91,7 @@ class Plan:
 
     run: Path
     items: list[Item] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     out_of_reach: list[str] = field(default_factory=list)
@@ -126,6 +134,7 @@ def plan(run: Path, chain: bool = False) -> Plan:
             _check_same_chain(ancestor, entries)
             _list_run(made, ancestor.path, before, keep_weights=False)
     _list_run(made, run, before, keep_weights=True)
+    _list_served(made, [a.path for a in earlier if a.path is not None], entries, chain)
     made.out_of_reach.extend(_out_of_reach(run, behind, chain))
     return made
 
@@ -142,8 +151,12 @@ def purge(made: Plan) -> None:
         items = [item for item in made.items if item.run == run]
         noted = _note(run, items)
         lost = [error for item in items if (error := _remove(item)) is not None]
+        for folder in made.folders:
+            with suppress(OSError):  # not empty, or gone
+                folder.rmdir()
         for folder in {run, *(item.path.parent for item in items)}:
-            flush_folder(folder)
+            if folder.is_dir():
+                flush_folder(folder)
         if not lost:
             _write(run, noted, complete=True)
         failed.extend(lost)
@@ -176,6 +189,25 @@ def _list_run(made: Plan, run: Path, before: set[str], keep_weights: bool) -> No
             made.left.append(f"{path}: {reason}")
     if len(made.items) == count and noted and not _complete(run):
         made.unfinished.append(run)
+
+
+def _list_served(made: Plan, earlier: Sequence[Path], entries: Sequence[dict[str, Any]], chain: bool) -> None:
+    """What Triton repositories hold from before the run's erasure; of earlier runs' repositories, where they are purged too."""
+    model_id, sequence = str(entries[0]["base"])[:16], int(entries[-1]["sequence"])
+    served = find_served([made.run, *(earlier if chain else ())], model_id, sequence)
+    for path, why in served.files:
+        digest = None if path.is_symlink() else sha256(path)
+        made.items.append(Item(made.run, path, path.lstat().st_size, digest, why))
+    made.folders.extend(served.folders)
+    made.out_of_reach.extend(served.out_of_reach)
+    if not chain:
+        listed = {path for path, _ in served.files}
+        left = {path.parent for path, _ in find_served(earlier, model_id, sequence).files if path not in listed}
+        made.out_of_reach.extend(
+            f"{folder}, a Triton model from before the erasure: --chain purges it as well"
+            for folder in sorted(left)
+            if folder.name.isdecimal()
+        )
 
 
 def _files(run: Path) -> Iterator[Path]:
@@ -212,6 +244,8 @@ def _judge(run: Path, path: Path, model: str, before: set[str], keep_weights: bo
 
 def _judge_artifact(path: Path, model: str, before: set[str], keep_weights: bool) -> tuple[str | None, str]:
     """An artifact by its sidecar; a sidecar goes with its file."""
+    if path.name == RECORD:
+        return None, ""
     is_sidecar = path.suffix == ".json" and (path.with_suffix("").is_file() or _read(path).get("file"))
     sidecar = path if is_sidecar else path.with_name(f"{path.name}.json")
     content = _read(sidecar) or _owner(path)

@@ -1,7 +1,9 @@
 """Tiny models of every family that the core must handle, with random weights large enough to matter."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -232,3 +234,26 @@ class Double:
 def capture_double():
     """Class whose objects stand for CUDA graphs; see `gsforget.graphs.Capture`."""
     return Double
+
+
+@pytest.fixture(scope="session")
+def purge_runs():
+    """The module `purge_runs.py`."""
+    spec = importlib.util.spec_from_file_location("purge_runs", Path(__file__).with_name("purge_runs.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def write_run(purge_runs):
+    """write_run(folder, parent, index): a run folder with weights that are only bytes."""
+    return purge_runs.write_run
+
+
+@pytest.fixture
+def runs(tmp_path, purge_runs):
+    """An original model folder and two runs in a row, with weights that are only bytes."""
+    original = purge_runs.write_original(tmp_path / "model")
+    first = purge_runs.write_run(tmp_path / "runs" / "forget-0001", original, 3)
+    return original, first, purge_runs.write_run(tmp_path / "runs" / "forget-0002", first, 1)

@@ -11,48 +11,12 @@ import pytest
 from gsforget import ledger, purge
 from gsforget.canonical import canonical
 from gsforget.errors import GsforgetError, RequestError, SafetyError
-from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, read_config, sha256, write_file
+from gsforget.folder import WEIGHTS, read_config, sha256
 from gsforget.lineage import ancestors
 from gsforget.purged import PURGED, find_purged, read_purged
 from gsforget.runs import newest_run
 
-CONFIG_0 = ModelConfig("vit_tiny", {}, ["cat", "dog", "cow", "ant"], (3, 8, 8), (0.5,), (0.5,))
 DELTA = "delta.safetensors"
-
-
-def write_original(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(b"original weights")
-    (folder / CONFIG).write_text(json.dumps(CONFIG_0.to_json()))
-    return folder
-
-
-def write_run(folder: Path, parent: Path, index: int) -> Path:
-    """A run folder as `forget` writes it, with weights that are only bytes."""
-    (folder / "audit").mkdir(parents=True)
-    (folder / "artifacts").mkdir()
-    config = read_config(parent).erase([index])
-    (folder / WEIGHTS).write_bytes(f"weights of {folder.name}".encode())
-    (folder / CONFIG).write_text(json.dumps(config.to_json()))
-    (folder / DELTA).write_bytes(f"factors of {folder.name}".encode())
-    (folder / "metrics.json").write_text("{}")
-    (folder / "audit" / "groups.png").write_bytes(b"png")
-    base = sha256(parent / WEIGHTS)
-    request = {"sequence": config.sequence, "parent": str(parent), "parent_sha256": base}
-    (folder / "request.json").write_text(json.dumps(request))
-    fields = (("model", WEIGHTS), ("config", CONFIG), ("delta", DELTA), ("request", "request.json"))
-    entry = {
-        "sequence": config.sequence,
-        "classes": [{"index": index, "name": CONFIG_0.class_names[index]}],
-        "method": "gs-lora",
-        "base": base,
-        "verdict": "pass",
-        "metrics": {},
-        **{k: sha256(folder / n) for k, n in fields},
-    }
-    lines = ledger.append(ledger.parent_lines(parent), entry)
-    write_file(folder / "ledger.jsonl", "".join(f"{line}\n" for line in lines))
-    return folder
 
 
 def write_artifact(run: Path, name: str, source: str | None, kind: str = "onnx") -> Path:
@@ -61,13 +25,6 @@ def write_artifact(run: Path, name: str, source: str | None, kind: str = "onnx")
     sidecar = {"kind": kind, "file": name, "sha256": sha256(path), "source_sha256": source}
     path.with_name(f"{name}.json").write_text(json.dumps(sidecar))
     return path
-
-
-@pytest.fixture
-def runs(tmp_path) -> tuple[Path, Path, Path]:
-    original = write_original(tmp_path / "model")
-    first = write_run(tmp_path / "runs" / "forget-0001", original, 3)
-    return original, first, write_run(tmp_path / "runs" / "forget-0002", first, 1)
 
 
 def carry_out(run: Path, chain: bool = False) -> purge.Plan:
@@ -209,7 +166,7 @@ def test_weights_beside_an_onnx_file_go_with_it(runs):
     assert not made.left
 
 
-def test_what_is_out_of_reach_is_named(runs, tmp_path):
+def test_what_is_out_of_reach_is_named(runs, tmp_path, write_run):
     original, first, second = runs
     other = write_run(tmp_path / "runs" / "forget-0003", first, 0)
     text = "\n".join(purge.plan(second).out_of_reach)
@@ -219,7 +176,7 @@ def test_what_is_out_of_reach_is_named(runs, tmp_path):
     assert f"{other}, another run from the same original: it still knows forgotten-1" in text
     for word in ("devices", "backups", "galleries", "not overwritten"):
         assert word in text
-    for name in CONFIG_0.class_names:
+    for name in ("cat", "dog", "cow", "ant"):
         assert f" {name}" not in text
 
 

@@ -212,6 +212,8 @@ def test_a_run_and_its_file_from_the_exporter(original, tmp_path, make_run, pars
     inside = {p.relative_to(repository): p.stat().st_size for p in repository.rglob("*") if p.is_file()}
     again = export_model(made["artifacts"][0]["path"], triton_repo=repository, batch=(1, 4, 16))
     assert (again["artifacts"], again["triton"]["version"]) == ([], 1)
+    (noted,) = triton.read_record(run / "artifacts")
+    assert noted == {"repository": str(repository.resolve()), "model": folder.name, "version": 1}
     assert {p.relative_to(repository): p.stat().st_size for p in repository.rglob("*") if p.is_file()} == inside
     with pytest.raises(RequestError, match="one file"):
         export_model(run, onnx=True, trt=True, backend="rtx", triton_repo=repository)

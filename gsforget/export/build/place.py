@@ -66,8 +66,10 @@ class Repository:
         return cls(Path(path), served)
 
     def fill(self, published: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-        from gsforget.export.device.triton import publish
+        from gsforget.export.device.triton import note, publish
 
         file, content = published[self.served.kind]
         data = [file.with_name(name) for name in content.get("data_files", ())]
-        return publish(self.path, self.served, file, content, data)
+        done = publish(self.path, self.served, file, content, data)
+        note(file.parent, self.path, done)
+        return done

@@ -74,6 +74,7 @@ def export_file(
     if not trt and repository is not None:
         served = triton.Served("onnx", source.info, sizes)
         document["triton"] = triton.publish(repository, served, path, source.content, source.data)
+        _note(path.parent, repository, document)
         return document
     plan = choose(backend, tuple(targets))
     if repository is not None:
@@ -87,7 +88,15 @@ def export_file(
     if repository is not None:
         served = triton.Served("engine", info, sizes, plan.backend, content["input_type"])
         document["triton"] = triton.publish(repository, served, engine, content)
+        _note(place, repository, document)
     return document
+
+
+def _note(place: Path, repository: Path, document: dict[str, Any]) -> None:
+    try:
+        triton.note(place, repository, document["triton"])
+    except OSError as error:  # a folder that may only be read; the model is published
+        document["not_tested"].append(f"where it was published could not be noted in {place} ({error.strerror})")
 
 
 @dataclass(frozen=True)

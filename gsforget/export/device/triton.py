@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.files import check_folder, flush_folder, write_file
+from gsforget.export.device.files import check_folder, flush_folder, read_json, write_file
 from gsforget.export.device.metadata import ArtifactInfo
 from gsforget.export.device.sidecar import write_sidecar
 
 CONFIG, LABELS = "config.pbtxt", "labels.txt"
+RECORD = "triton.json"  # beside artifacts: where they were published
 TYPES = {"FLOAT": "TYPE_FP32", "HALF": "TYPE_FP16", "BF16": "TYPE_BF16"}  # TensorRT's names, Triton's names
 
 
@@ -87,9 +88,9 @@ def check(repository: Path, served: Served) -> None:
             "Export without --with-features.",
             "features_in_engine",
         )
-    if folder.exists() and _model_id(folder) != info.model_id:
+    if folder.exists() and model_of(folder) != info.model_id:
         raise RequestError(f"{folder} holds another model.", "Name another folder: --triton-repo DIR.", "other_model")
-    newest = max(_versions(folder), default=0)
+    newest = max(versions(folder), default=0)
     if newest > info.sequence:
         raise SafetyError(
             f"{folder} holds erasure {newest} of this model, and this is erasure {info.sequence}: what was erased since would "
@@ -133,7 +134,7 @@ def publish(
         final.rename(replaced)
     partial.rename(final)
     flush_folder(folder)
-    for old in (folder / str(number) for number in _versions(folder) if number != version):
+    for old in (folder / str(number) for number in versions(folder) if number != version):
         shutil.rmtree(old)
     if replaced.exists():
         shutil.rmtree(replaced)
@@ -144,6 +145,32 @@ def publish(
         "path": str(final),
         "older": _older(repository, served),
     }
+
+
+def note(place: Path, repository: Path, published: Mapping[str, Any]) -> None:
+    """Note beside the artifacts in a folder where one of them was published, so that a purge finds it; each place once.
+
+    Args:
+        place: the folder of the artifacts.
+        published: what ``publish`` returned.
+    """
+    entry = {"repository": str(repository.resolve()), "model": published["model"]}
+    known = [e for e in read_record(place) if {k: e.get(k) for k in entry} != entry]
+    content = {"format": 1, "published": [*known, {**entry, "version": published["version"]}]}
+    write_file(place / RECORD, json.dumps(content, indent=2) + "\n")
+
+
+def read_record(place: Path) -> list[dict[str, Any]]:
+    """What was noted in a folder: ``repository``, ``model``, ``version``.  Raises RequestError ``bad_file``."""
+    path = place / RECORD
+    if not path.is_file():
+        return []
+    entries = read_json(path).get("published")
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("repository"), str) for e in entries
+    ):
+        raise RequestError(f"{path} does not say where artifacts were published.", "Restore it.", "bad_file")
+    return entries
 
 
 def config(served: Served) -> str:
@@ -184,7 +211,7 @@ def _text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _model_id(folder: Path) -> str | None:
+def model_of(folder: Path) -> str | None:
     """The chain that a model of a repository belongs to; None where gsforget did not write it."""
     path = folder / CONFIG
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -192,7 +219,7 @@ def _model_id(folder: Path) -> str | None:
     return str(json.loads(found[1])) if found else None
 
 
-def _versions(folder: Path) -> list[int]:
+def versions(folder: Path) -> list[int]:
     """The versions that Triton would see."""
     if not folder.is_dir():
         return []
@@ -201,8 +228,8 @@ def _versions(folder: Path) -> list[int]:
 
 def _older(repository: Path, served: Served) -> list[str]:
     others = (p for p in sorted(repository.iterdir()) if p.is_dir() and p.name != served.name)
-    same = (p for p in others if _model_id(p) == served.info.model_id)
-    return [str(p) for p in same if max(_versions(p), default=served.info.sequence) < served.info.sequence]
+    same = (p for p in others if model_of(p) == served.info.model_id)
+    return [str(p) for p in same if max(versions(p), default=served.info.sequence) < served.info.sequence]
 
 
 def _copy(source: Path, target: Path) -> None:

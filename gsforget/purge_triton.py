@@ -1,0 +1,88 @@
+"""Models in repositories of NVIDIA Triton that still know what was erased: found by what exports noted, and listed to go.
+
+An export with `--triton-repo` notes in `triton.json` beside its artifacts where it published.  From there, every model of
+the same chain with fewer erasures is found, whichever run put it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gsforget.errors import GsforgetError
+from gsforget.export.device.triton import model_of, read_record, versions
+
+ARTIFACTS = "artifacts"
+
+
+@dataclass
+class Served:
+    """Files of repositories.
+
+    Attributes:
+        files: to remove, with what each is; those that describe a model come after its weights.
+        folders: to remove once they are empty, inner ones first.
+        out_of_reach: sentences on repositories that could not be looked at, and on servers.
+    """
+
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    out_of_reach: list[str] = field(default_factory=list)
+
+
+def find_served(runs: Iterable[Path], model_id: str, sequence: int) -> Served:
+    """What repositories that some runs were published in hold of a chain from before an erasure.
+
+    Args:
+        runs: whose notes are read.
+        model_id: of the chain; sequence: of the erasure.
+    """
+    found = Served()
+    for repository in _repositories(runs, found):
+        try:
+            models = [p for p in sorted(repository.iterdir()) if p.is_dir() and model_of(p) == model_id]
+        except OSError as error:
+            found.out_of_reach.append(
+                f"the Triton repository {repository}, where a model of this chain was published: it cannot be read here "
+                f"({error.strerror})"
+            )
+            continue
+        for model in models:
+            older = [n for n in versions(model) if n < sequence]
+            if not older:
+                continue
+            for n in older:
+                found.files += [
+                    (p, f"version {n} of a Triton model, from before an erasure") for p in _files(model / str(n))
+                ]
+                inner = [p for p in (model / str(n)).rglob("*") if p.is_dir() and not p.is_symlink()]
+                found.folders += [*sorted(inner, reverse=True), model / str(n)]
+            if older == versions(model):  # nothing is left to serve; its labels name what was erased since
+                found.files += [
+                    (p, "what described a Triton model from before an erasure") for p in _files(model, False)
+                ]
+                found.folders.append(model)
+            found.out_of_reach.append(
+                f"a Triton server that has {model.name} of {repository} loaded: it serves that from its memory until it is told "
+                f"to unload or load it (POST /v2/repository/models/{model.name}/unload)"
+            )
+    return found
+
+
+def _repositories(runs: Iterable[Path], found: Served) -> list[Path]:
+    named: dict[Path, None] = {}
+    for run in runs:
+        try:
+            named |= dict.fromkeys(Path(entry["repository"]) for entry in read_record(run / ARTIFACTS))
+        except GsforgetError as error:
+            found.out_of_reach.append(
+                f"the Triton repositories that {run} was published in: {error.message.rstrip('.')}"
+            )
+    return list(named)
+
+
+def _files(folder: Path, below: bool = True) -> list[Path]:
+    """Files and links in a folder, in those below it too; sidecars after what they describe."""
+    inside = folder.rglob("*") if below else folder.iterdir()
+    return sorted((p for p in inside if p.is_symlink() or not p.is_dir()), key=lambda p: (p.suffix == ".json", str(p)))
