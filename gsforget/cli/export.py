@@ -18,6 +18,7 @@ class Precision(StrEnum):
     fp16 = "fp16"
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class Backend(StrEnum):

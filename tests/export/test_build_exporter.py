@@ -155,8 +155,8 @@ def test_refusals_before_any_work(run, tmp_path):
     with pytest.raises(RequestError) as nothing:
         export_model(run)
     assert "--onnx" in nothing.value.hint
-    with pytest.raises(RequestError, match="fp8"):
-        export_model(run, onnx=True, precision="fp8")
+    with pytest.raises(RequestError, match="fp4"):
+        export_model(run, onnx=True, precision="fp4")
     with pytest.raises(RequestError) as no_images:
         export_model(run, onnx=True, precision="int8")
     assert "--data DIR" in no_images.value.hint

@@ -1,4 +1,4 @@
-"""A first int8 ONNX file: ranges of activations from training images, by ONNX Runtime's own static quantisation.
+"""A first int8 (or fp8) ONNX file: ranges of activations from training images, by ONNX Runtime's own static quantisation.
 
 Linear layers are quantised, weights per output and activations per tensor, both symmetric around 0; what the classifier's
 last layer, normalisation, softmax and attention scores compute stays float32.  The file carries each weight as an int8
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.errors import RequestError
+from gsforget.export.build.fp8 import to_fp8
 from gsforget.export.build.int8 import int8_weights
 from gsforget.export.build.onnx import data_files
 from gsforget.export.device.metadata import METADATA_KEY
@@ -33,7 +34,7 @@ BATCH = 8
 def calibrate(
     source: Path, path: Path, info: ArtifactInfo, batches: Iterator[np.ndarray], erasable: Sequence[str]
 ) -> None:
-    """Write the int8 file of a float32 ONNX file.
+    """Write the int8 file of a float32 ONNX file, or, where ``info`` says so, the fp8 file with the same ranges.
 
     Args:
         source: as `export_onnx` writes it, in a folder that nobody else uses.
@@ -96,10 +97,12 @@ def calibrate(
     lacking = sorted(set(erasable) - int8_weights(made).keys())
     if lacking:
         raise RequestError(
-            f"{lacking[0]} cannot be had as int8 in this model, and erasures change it.",
+            f"{lacking[0]} cannot be had as {info.precision} in this model, and erasures change it.",
             "Type --precision fp16.",
             "not_int8",
         )
+    if info.precision == "fp8":
+        to_fp8(made, plain)
     onnx.save(made, path)
     onnx.checker.check_model(str(path), full_check=True)
 

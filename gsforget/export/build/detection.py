@@ -32,7 +32,7 @@ BATCH = 8
 SYNTHETIC = 16  # images
 THRESHOLDS = {"max_forget_acc": 1.0, "max_retain_drop": 1.0}
 # Largest difference of a probability or of a box's edge, as shares of 1.
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 8e-2, "int8": 0.2}
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 8e-2, "int8": 0.2, "fp8": 0.2}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from gsforget.export.device.metadata import ArtifactInfo
     from gsforget.export.device.runtime import OnnxPredictor
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+CALIBRATED = ("int8", "fp8")  # their ranges are measured on images
 Progress = Callable[[str], None]
 
 
@@ -53,7 +54,7 @@ def export_model(
         run: a run folder, or a model folder; default: the newest run under `runs/`.  An exported `.onnx` file is
             handed to ``gsforget.export.device.engine.export_file``.
         onnx, trt: write an ONNX file, an engine, or both.
-        precision: ``fp32`` (the default), ``fp16``, ``bf16`` or ``int8``.
+        precision: ``fp32`` (the default), ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         targets: GPUs of the engine, such as ``sm86``; empty: what the builder takes by default.
         batch: smallest, usual and largest batch of the engine.
         data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
@@ -110,9 +111,9 @@ def export_model(
         raise RequestError("Targets are GPUs of an engine, and none was asked for.", "Add --trt.", "no_engine")
     if precision not in PRECISIONS:
         raise RequestError(
-            f"There is no precision {precision!r}.", "Type --precision fp32, fp16, bf16 or int8.", "bad_precision"
+            f"There is no precision {precision!r}.", "Type --precision fp32, fp16, bf16, int8 or fp8.", "bad_precision"
         )
-    if with_features and precision == "int8":
+    if with_features and precision in CALIBRATED:
         raise RequestError(
             "A features output serves audits, which read the model at fp32, fp16 or bf16.",
             "Type --precision fp32 with --with-features.",
@@ -125,7 +126,7 @@ def export_model(
             "no_base_needed",
         )
     folder = Path(run) if run is not None else newest_run()
-    plan = choose(backend, tuple(targets)) if trt else None
+    plan = choose(backend, tuple(targets), precision) if trt else None
     sizes = check_batch(tuple(batch))
     place = find_place(folder, Path(out) if out else None)
     export = Export(folder, precision, trust_code, progress or (lambda _text: None), with_features)
@@ -135,7 +136,7 @@ def export_model(
         export.follow(find_step(folder, export.request, previous, precision))
     repository = Repository.plan(triton_repo, export.info, onnx, plan, sizes)
     export.find_data(Path(data) if data else None)
-    if precision == "int8" and previous is None:
+    if precision in CALIBRATED and previous is None:
         export.calibration_data()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
@@ -171,7 +172,7 @@ class Export:
         self.config: ModelConfig
         self.model, self.config = load_model(folder, trust_code)
         self.kind = find_kind(self.config.task)
-        of_state = "fp32" if precision == "int8" else precision
+        of_state = "fp32" if precision in CALIBRATED else precision
         state, chain = weights_at(folder, of_state)
         self.chain: ChainInfo = chain
         self.state = _fit(self.model, state, of_state)
@@ -238,7 +239,7 @@ class Export:
 
     def write_onnx(self, scratch: Path) -> None:
         """Write the ONNX file at the export's precision into a folder that nobody else reads."""
-        if self.precision == "int8":
+        if self.precision in CALIBRATED:
             self._write_int8(scratch)
             return
         path = scratch / f"{self._stem}.onnx"
@@ -269,7 +270,7 @@ class Export:
         path = scratch / f"{self._stem}.onnx"
         if self.step is None:
             extra = self._calibrate(path)
-            self.chain = int8.first_in_chain(self.config.sequence)
+            self.chain = int8.first_in_chain(self.config.sequence, self.precision)
         else:
             self.progress("taking the erasure into the int8 file before it, with its scales")
             kept, self.chain = int8.write_next(self.step, self.info, path)
@@ -280,10 +281,10 @@ class Export:
         self.made.append(Made(path, "onnx", [], extra))
 
     def _calibrate(self, path: Path) -> dict[str, Any]:
-        """Write a first int8 file; returns fields for its sidecar."""
+        """Write a first int8 or fp8 file; returns fields for its sidecar."""
         from gsforget.export.build.calibrate import calibrate, calibration_images
 
-        self.progress("calibrating int8 on training images")
+        self.progress(f"calibrating {self.precision} on training images")
         images = calibration_images(
             self.calibration_data(), *self._classes(), self.config.forgotten, self.info.preprocess, self.info.task
         )
@@ -297,8 +298,8 @@ class Export:
         """The image folder to calibrate on.  Raises RequestError ``no_calibration`` where there is none."""
         if self.data is None:
             raise RequestError(
-                "At int8, the ranges of activations are measured on training images, and none were given.",
-                "Add --data DIR; or --from PREVIOUS, for the file before with its scales.",
+                f"At {self.precision}, the ranges of activations are measured on training images, and none were given.",
+                f"Add --data DIR{'; or --from PREVIOUS, for the file before with its scales' * (self.precision == 'int8')}.",
                 "no_calibration",
             )
         return self.data

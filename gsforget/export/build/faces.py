@@ -21,7 +21,7 @@ __all__ = ["MORE", "OUTPUT", "check", "find_samples", "traced"]
 OUTPUT = "embedding"
 MORE: tuple[str, ...] = ()
 # The lowest cosine between an artifact's embedding of an image and the model's: rounding of a ViT's activations, with room.
-LEAST_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.98, "int8": 0.9}
+LEAST_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.98, "int8": 0.9, "fp8": 0.9}
 MAX_TAR_GAIN = 1.0  # points by which an artifact may verify forgotten people better than the model does
 
 

@@ -179,9 +179,10 @@ def after_erasure(old: bytes, delta: Mapping[str, GridFactors], info: ArtifactIn
     return model.SerializeToString(), left / whole if whole else 0.0
 
 
-def first_in_chain(position: int) -> ChainInfo:
+def first_in_chain(position: int, precision: str = "int8") -> ChainInfo:
     """The chain of a file that was calibrated after so many erasures."""
-    return ChainInfo(position, position, not position, f"int8 was calibrated at erasure {position}" if position else "")
+    reason = f"{precision} was calibrated at erasure {position}" if position else ""
+    return ChainInfo(position, position, not position, reason)
 
 
 def write_next(step: Step, info: ArtifactInfo, path: Path) -> tuple[float, ChainInfo]:

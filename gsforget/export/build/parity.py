@@ -48,12 +48,14 @@ class Tolerance:
 # At fp16 an activation carries 11 bits; a faithful ViT differs by 0.1 to 1 % of its largest logit, a broken one by more
 # than that logit itself.
 # At bf16 it carries 8 bits, and differs by about eight times as much.
-# At int8 it carries 8 bits of a range that is shared by all of a tensor, and the reference are the weights at fp32.
+# At int8 it carries 8 bits of a range that is shared by all of a tensor, and the reference are the weights at fp32; at fp8
+# 4 bits, of the number's own size.
 TOLERANCES = {
     "fp32": Tolerance(1e-3, 0.0, 1e-5, 100.0),
     "fp16": Tolerance(1e-3, 0.05, 0.02, 99.0),
     "bf16": Tolerance(1e-2, 0.1, 0.05, 97.0),
     "int8": Tolerance(1e-2, 0.25, 0.05, 95.0),
+    "fp8": Tolerance(1e-2, 0.25, 0.05, 95.0),
 }
 
 

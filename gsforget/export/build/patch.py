@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
-from gsforget.export.build.exporter import PRECISIONS, Export
+from gsforget.export.build.edits import DTYPES as PATCHED
+from gsforget.export.build.exporter import Export
 from gsforget.export.build.packages import EXPIRES, Packages, Signing
 from gsforget.export.build.place import find_place
 from gsforget.export.build.step import find_step
@@ -61,9 +62,9 @@ def export_patch(
         GateError: a new artifact fails its gates, or answers as the old one does; nothing was published.
         SafetyError: factors that do not lead to the weights, an artifact that is not what its sidecar says.
     """
-    if precision not in PRECISIONS:
+    if precision not in PATCHED:
         raise RequestError(
-            f"Patches are made at {', '.join(PRECISIONS)}, and not at {precision}.",
+            f"Patches are made at {', '.join(PATCHED)}, and not at {precision}.",
             "Type one of these, or send the file whole by other means.",
             "bad_precision",
         )

@@ -76,7 +76,7 @@ def export_file(
         document["triton"] = triton.publish(repository, served, path, source.content, source.data)
         _note(path.parent, repository, document)
         return document
-    plan = choose(backend, tuple(targets))
+    plan = choose(backend, tuple(targets), source.info.precision)
     if repository is not None:
         triton.check(repository, triton.Served("engine", source.info, sizes, plan.backend))
     place = _place(path, Path(out) if out else None)

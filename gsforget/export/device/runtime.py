@@ -5,6 +5,7 @@ Engines are refused with a sentence until their inference has been run on the ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,8 @@ import numpy as np
 from gsforget.errors import RequestError
 from gsforget.export.device.files import sha256
 from gsforget.export.device.gpu import cuda_devices
-from gsforget.export.device.metadata import ArtifactInfo, check_hash, check_outside, find_info
+from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo, check_hash, check_outside, find_info
+from gsforget.export.device.onnx_file import read_properties
 from gsforget.export.device.preprocess import Preprocess
 
 ERRORS_ONLY = 3  # ONNX Runtime's severity: it otherwise warns about GPUs it does not find
@@ -210,6 +212,8 @@ def _session(path: Path, providers: list[Any], optimised: bool = True) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    if _precision(path) == "fp8":  # it takes fp8 for int8 where it puts operators together, and then refuses the graph
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimised:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -225,6 +229,14 @@ def _session(path: Path, providers: list[Any], optimised: bool = True) -> Any:
         raise RequestError(
             f"ONNX Runtime cannot load {path} ({first}).", "Copy the file again, or export it again.", "bad_artifact"
         ) from error
+
+
+def _precision(path: Path) -> str | None:
+    """What an ONNX file of ours says of its precision; None for one that is not, or is damaged."""
+    try:
+        return str(json.loads(read_properties(path)[METADATA_KEY])["precision"])
+    except (RequestError, KeyError, ValueError, TypeError):
+        return None
 
 
 def _input_dtype(session: Any, info: ArtifactInfo, path: Path) -> type[np.floating]:

@@ -30,13 +30,15 @@ class Plan:
         return "-".join((self.backend, *self.targets))
 
 
-def choose(backend: str, targets: tuple[str, ...]) -> Plan:
+def choose(backend: str, targets: tuple[str, ...], precision: str = "fp32") -> Plan:
     """Settle on a builder.
 
     Args:
         backend: ``auto``, ``trt`` or ``rtx``.  ``auto`` takes standard TensorRT where it is installed, has a CUDA device,
             and the targets are that device or none; else TensorRT for RTX.
-        targets: ``sm86`` and the like; empty means this machine's GPU (trt) or sm86, sm89 and sm120 (rtx).
+        targets: ``sm86`` and the like; empty means this machine's GPU (trt) or sm86, sm89 and sm120 (rtx; at fp8 without
+            sm86, which has none).
+        precision: of the model.
 
     Raises:
         RequestError: not installed, no GPU, or a target that the builder cannot build for.
@@ -53,7 +55,17 @@ def choose(backend: str, targets: tuple[str, ...]) -> Plan:
             f"pip install 'gsforget[{backend}]', or on a device pip install {MODULES[backend].replace('_', '-')}.",
             "no_tensorrt",
         )
-    return Plan("rtx", _rtx_targets(wanted)) if backend == "rtx" else Plan("trt", _trt_targets(wanted))
+    if precision == "fp8" and backend == "rtx" and not wanted:
+        wanted = tuple(t for t in RTX_TARGETS if _has_fp8(t))
+    plan = Plan("rtx", _rtx_targets(wanted)) if backend == "rtx" else Plan("trt", _trt_targets(wanted))
+    without = [t for t in plan.targets if precision == "fp8" and not _has_fp8(t)]
+    if without:
+        raise RequestError(
+            f"{', '.join(without)} cannot compute fp8: GPUs can from sm89 on.",
+            "Type --targets sm89,sm120, or another --precision, such as int8.",
+            "no_fp8",
+        )
+    return plan
 
 
 def load_builder(backend: str) -> Any:
@@ -83,6 +95,10 @@ def check_batch(batch: tuple[int, ...]) -> tuple[int, int, int]:
             "bad_batch",
         )
     return batch[0], batch[1], batch[2]
+
+
+def _has_fp8(target: str) -> bool:
+    return int(target.removeprefix("sm")) >= 89
 
 
 def _installed(backend: str) -> bool:
