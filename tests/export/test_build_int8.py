@@ -205,8 +205,18 @@ def test_an_erasure_changes_the_weights_in_steps_of_their_scales_and_the_metadat
 def test_what_is_not_int8_in_the_file_is_not_taken_for_it(weights):
     import torch
 
-    behind = write_layers(weights, quantised_in_file=False)
-    assert int8_weights(behind) == {}
+    for wrong in ("zero", "scale", "reader", "axis"):
+        behind = write_layers(weights, quantised_in_file=False)
+        first = next(n for n in behind.graph.node if n.op_type == "QuantizeLinear")
+        if wrong == "zero":  # uint8
+            behind.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.zeros(6, np.uint8), "a_zero_point"))
+        elif wrong == "scale":
+            first.input[1] = "c_scale"
+        elif wrong == "reader":
+            behind.graph.node.append(helper.make_node("Neg", ["a"], ["more"]))
+        else:
+            first.attribute[0].i = 0
+        assert int8_weights(behind).keys() == {"b", "c", "c2"} - ({"c"} if wrong == "scale" else set()), wrong
     shifted = write_layers(weights)
     for tensor in shifted.graph.initializer:
         if tensor.name == "b_zero_point":
@@ -218,6 +228,48 @@ def test_what_is_not_int8_in_the_file_is_not_taken_for_it(weights):
     delta = {"b": to_grid(torch.ones(1, 6), torch.ones(4, 1))}
     with pytest.raises(NotLocated, match="does not carry b as int8"):
         after_erasure(shifted.SerializeToString(), delta, INFO)
+
+
+def test_float32_weights_before_a_quantizelinear_take_the_chain_of_float32(weights):
+    import torch
+
+    exact = {n: (np.float32(dequantised(v, s, a)) + np.float32(1e-3), s, a) for n, (v, s, a) in weights.items()}
+    old = write_layers(exact, quantised_in_file=False)
+    found = int8_weights(old)
+    assert {n for n, w in found.items() if w.exact} == weights.keys()
+    generator = torch.Generator().manual_seed(0)
+    delta = {
+        n: to_grid(
+            torch.randn(2, v.shape[1], generator=generator), 0.01 * torch.randn(v.shape[0], 2, generator=generator)
+        )
+        for n, (v, _, _) in weights.items()
+    }
+    made, kept = after_erasure(old.SerializeToString(), delta, INFO)
+    new = int8_weights(onnx.load_model_from_string(made))
+    along = whole = 0.0
+    for name, (values, _, _) in exact.items():
+        product = delta[name].product().numpy()
+        after = read_int8(onnx.load_model_from_string(made), new[name])
+        assert np.array_equal(after, (values + product).astype(np.float32)), "one rounding, to float32"
+        grown = new[name].scale > found[name].scale
+        assert np.array_equal(new[name].scale[~grown], found[name].scale[~grown])
+        # What ONNX Runtime makes of QuantizeLinear and DequantizeLinear.
+        was, now = (
+            np.clip(np.rint(v / w.spread()), -128, 127) * w.spread()
+            for v, w in ((values.astype(np.float64), found[name]), (after.astype(np.float64), new[name]))
+        )
+        along, whole = along + ((now - was) * product).sum(), whole + (product**2).sum()
+    assert kept == pytest.approx(along / whole)
+
+
+def test_what_float32_weights_had_cut_off_already_stays_cut_off(weights):
+    import torch
+
+    far = {n: (np.float32(dequantised(v, s, a)) * np.float32(3), s, a) for n, (v, s, a) in weights.items()}
+    old = write_layers(far, quantised_in_file=False)
+    delta = {"a": to_grid(torch.zeros(1, 5), torch.zeros(6, 1))}
+    made, _ = after_erasure(old.SerializeToString(), delta, INFO)
+    assert np.array_equal(int8_weights(onnx.load_model_from_string(made))["a"].scale, weights["a"][1])
 
 
 # ------------------------------------------------------------------------------------------------- from run to the device
@@ -304,6 +356,47 @@ def test_patches_in_order_lead_a_device_to_the_files_of_the_build_host(world, tm
     new = onnx.load(device / "models" / name)
     assert np.array_equal(read_int8(new, int8_weights(new)[FC1]), values)
     assert np.array_equal(int8_weights(new)[FC1].spread(), scale)
+
+
+def keep_exact(path, state):
+    """Let an int8 file keep its weights as float32, before a QuantizeLinear, as other tools write it."""
+    model = onnx.load(path)
+    stored = {i.name: i for i in model.graph.initializer}
+    nodes = list(model.graph.node)
+    for name, weight in int8_weights(model).items():
+        single = state[name].T if weight.transposed else state[name]
+        stored[weight.initializer].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(single), name))
+        at, second = next((i, n) for i, n in enumerate(nodes) if weight.initializer in n.input)
+        first = onnx.NodeProto(op_type="QuantizeLinear", input=[name, *second.input[1:]], output=[weight.initializer])
+        first.attribute.extend(second.attribute)
+        nodes.insert(at, first)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    sidecar = path.with_name(f"{path.name}.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "sha256": sha256(path)}))
+
+
+def test_a_file_with_float32_weights_is_patched_without_loss(world, tmp_path):
+    from safetensors.numpy import load_file
+
+    keep_exact(world.file, load_file(world.original / "model.safetensors"))
+    device = tmp_path / "device"
+    apply(world.file, device, trust=world.public, device="cpu")
+    for run, before in ((world.first, world.original), (world.second, world.first)):
+        exported = export_patch(run, previous=before, precision="int8", key=world.key)
+        package, file = exported["artifacts"]
+        assert package["kind"] == "patch"
+        assert [r["patched_equals_rebuilt"] for r in package["replaces"]] == [True]
+        assert {t.dtype for t in read_package(Path(package["path"])).manifest.tensors} == {"float32"}
+        apply(package["path"], device, device="cpu")
+        model = onnx.load(device / "models" / Path(file["path"]).name)
+        weight = int8_weights(model)[FC1]
+        assert weight.exact
+        assert np.array_equal(read_int8(model, weight), load_file(run / "model.safetensors")[FC1]), "the run's own"
+        assert np.abs(read_int8(model, weight) / weight.spread()).max() <= 127.5
+    assert open_device(device, "cpu").info.forgotten == (1, 2)
 
 
 def test_a_patch_carries_factors_and_scales_and_no_weights(world):

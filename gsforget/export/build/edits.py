@@ -36,8 +36,9 @@ assert set(DTYPES) == {"fp32", *ROUNDED, "int8"}
 class Change:
     """One tensor before and after an erasure, as stored, [rows, columns], and the factors between the two.
 
-    ``scales`` are those of an int8 tensor before and after, float32, one for all of it (``axis`` None), or one per row (0)
-    or column (1); ``scales_at`` is where they lie in the old ONNX file, if they change.
+    ``scales`` are those of a tensor that is computed with at int8, before and after, float32, one for all of it (``axis``
+    None), or one per row (0) or column (1); ``scales_at`` is where they lie in the old ONNX file, if they change.  ``exact``
+    says that the file keeps such a tensor as float32.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Change:
     scales: tuple[np.ndarray, np.ndarray] | None = None
     axis: int | None = None
     scales_at: Place | None = None
+    exact: bool = False
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Packer:
         for part, dtype in (("ea", "<i4"), ("eb", "<i4"), ("a", "<i2"), ("b", "<i2")):
             at[part] = self.give(getattr(f, part).numpy().astype(dtype).tobytes())[0]
         scale = None
-        if change.scales is not None:
+        if change.scales is not None and not change.exact:
             before, after = (s.astype("<f4").tobytes() for s in change.scales)
             first = self.give(before)[0]
             scale = Scale(first, first if after == before else self.give(after)[0], change.axis)
@@ -72,7 +74,7 @@ class Packer:
         self.tensors.append(
             TensorChange(
                 change.name,
-                self.dtype,
+                "float32" if change.exact else self.dtype,
                 (rows, columns),
                 len(f.ea),
                 (at["a"], at["b"], at["ea"], at["eb"]),
@@ -135,7 +137,8 @@ def _int8_changes(old: bytes, new: bytes, delta: dict[str, GridFactors]) -> tupl
         if not same and weight.scales not in places:
             raise NotLocated(f"the ONNX file does not hold the scales of {name} in its own bytes")
         scales_at = None if same else places[weight.scales]
-        found.append(Change(name, factors, *values, (weight.scale, next_one.scale), weight.axis, scales_at))
+        scales = (weight.scale, next_one.scale)
+        found.append(Change(name, factors, *values, scales, weight.axis, scales_at, weight.exact))
         place = places[weight.initializer]
         where[name] = Place(place.at, place.size, weight.transposed)
     if not found:
@@ -157,9 +160,10 @@ def onnx_edits(
     entry = splice(old.data[was.at : was.at + was.size], new.data[now.at : now.at + now.size], was.at, packer)
     edits: list[TensorEdit | GiveEdit] = [*data_edits(where, None), *_renames(old, new, packer)]
     for change, tensor in zip(changes, packer.tensors, strict=True):
-        if change.scales_at is not None and tensor.scale is not None:
+        if change.scales_at is not None and change.scales is not None:
             at, size = change.scales_at.at, change.scales_at.size
-            edits.append(GiveEdit(at, size, (tensor.scale.after, size)))
+            scales = change.scales[1].astype("<f4").tobytes()
+            edits.append(GiveEdit(at, size, (tensor.scale.after, size) if tensor.scale else packer.give(scales)))
     return tuple(sorted([*edits, *entry], key=lambda e: e.at))
 
 

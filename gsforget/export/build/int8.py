@@ -6,22 +6,28 @@ the demo model was cut off: erasures concentrate on few blocks, and may be large
 
 A change smaller than half a step rounds away, every time anew, because what was rounded off before is gone: how much of an
 erasure is left is measured, and too little is refused.
+
+A file may also keep float32 weights before a QuantizeLinear, as other tools write them.  Then the chain is that of float32,
+W(n) = round_fp32(W(n-1) + D), with scales that stay or grow by the same rule; rounding does not add up, and what is left of
+an erasure is measured behind QuantizeLinear.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gsforget.errors import GateError, RequestError
 from gsforget.export.build.chain import ChainInfo
 from gsforget.export.build.locate import NotLocated
+from gsforget.export.device.factors import narrow
 from gsforget.export.device.metadata import METADATA_KEY, ArtifactInfo, read_sidecar
 
 if TYPE_CHECKING:
@@ -41,13 +47,14 @@ ANEW = (
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """An int8 weight of an ONNX file.
+    """A weight that an ONNX file computes with at int8.
 
     Attributes:
         initializer, scales: the names of its values and of its scales there.
         transposed: whether the values lie there as [in, out].
         scale: float32 [1], or one for each output or input.
         axis: of [out, in] along which the scales go; None for one scale.
+        exact: whether the file keeps it as float32, before a QuantizeLinear.
     """
 
     initializer: str
@@ -55,19 +62,30 @@ class Int8Weight:
     transposed: bool
     scale: np.ndarray
     axis: int | None
+    exact: bool = False
 
     def spread(self) -> np.ndarray:
         """The scales in float64, to be multiplied with a weight [out, in]."""
         return self.scale.astype(np.float64).reshape((-1, 1) if self.axis == 0 else (1, -1))
 
+    @property
+    def unit(self) -> np.ndarray | float:
+        """What the values as they are stored are multiples of."""
+        return 1.0 if self.exact else self.spread()
+
+    def computed(self, values: np.ndarray) -> np.ndarray:
+        """The weight that the file computes with, float64, from its values as they are stored."""
+        spread = self.spread()
+        return np.clip(np.rint(values / spread), -128, 127) * spread if self.exact else values * spread
+
 
 def int8_weights(model: onnx.ModelProto) -> dict[str, Int8Weight]:
-    """The matrices that a file carries as int8, by the name of the parameter.
+    """The matrices that a file computes with at int8, by the name of the parameter.
 
     Each is an initializer before a DequantizeLinear with float32 scales of its own and zero point 0, as ONNX Runtime's
-    `quantize_static` writes it without ``AddQDQPairToWeight``, and its result goes into MatMul or Gemm, directly or by way
-    of a Transpose.  Weights that are kept otherwise (float32 before a QuantizeLinear, blocks of scales, other zero points)
-    are left out.
+    `quantize_static` writes it (with ``AddQDQPairToWeight``: float32, before a QuantizeLinear with the same scales), and
+    its result goes into MatMul or Gemm, directly or by way of a Transpose.  Weights that are kept otherwise (blocks of
+    scales, other zero points) are left out.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -76,11 +94,17 @@ def int8_weights(model: onnx.ModelProto) -> dict[str, Int8Weight]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, set()).add(node.input[0])
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    quantised = {n.output[0]: n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in stored}
     found: dict[str, Int8Weight] = {}
     unclear: set[str] = set()
     for node in model.graph.node:
-        weight = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if weight is None or weight.data_type != TensorProto.INT8 or len(weight.dims) != 2:
+        if node.op_type != "DequantizeLinear":
+            continue
+        before = quantised.get(node.input[0])
+        weight = stored.get(node.input[0] if before is None else before.input[0])
+        kind = TensorProto.INT8 if before is None else TensorProto.FLOAT
+        if weight is None or weight.data_type != kind or len(weight.dims) != 2:
             continue
         name = weight.name.removesuffix(SUFFIX)
         attributes = {a.name: a.i for a in node.attribute}
@@ -90,8 +114,10 @@ def int8_weights(model: onnx.ModelProto) -> dict[str, Int8Weight]:
         transposed = _orientation(model, node.output[0])
         values = None if scale is None else numpy_helper.to_array(scale).reshape(-1)
         stored_axis = attributes.get("axis", 1) % 2
+        own = {weight.name} if before is None else {weight.name, before.output[0]}
         if (
             outside
+            or (before is not None and not _is_pair(before, node, zero, uses))
             or values is None
             or values.dtype != np.float32
             or not (np.isfinite(values) & (values > 0)).all()
@@ -100,20 +126,34 @@ def int8_weights(model: onnx.ModelProto) -> dict[str, Int8Weight]:
             or (zero is None and len(node.input) > 2 and node.input[2])
             or (zero is not None and numpy_helper.to_array(zero).any())
             or transposed is None
-            or readers[node.input[1]] != {weight.name}
+            or readers[node.input[1]] != own
         ):
             unclear.add(name)
             continue
         axis = None if values.size == 1 else stored_axis ^ transposed
-        made = Int8Weight(weight.name, node.input[1], transposed, values, axis)
+        made = Int8Weight(weight.name, node.input[1], transposed, values, axis, before is not None)
         if name in found and not _alike(found[name], made):
             unclear.add(name)
         found[name] = made
     return {name: weight for name, weight in found.items() if name not in unclear}
 
 
+def _is_pair(first: Any, second: Any, zero: Any, uses: Mapping[str, int]) -> bool:
+    """Whether a QuantizeLinear and a DequantizeLinear are two halves, of int8, of a weight that nothing else reads."""
+    from onnx import TensorProto
+
+    axes = [{a.name: a.i for a in node.attribute} for node in (first, second)]
+    return (
+        list(first.input[1:]) == list(second.input[1:])
+        and zero is not None
+        and zero.data_type == TensorProto.INT8
+        and axes[0] == axes[1]
+        and uses[first.input[0]] == uses[first.output[0]] == 1
+    )
+
+
 def read_int8(model: onnx.ModelProto, weight: Int8Weight) -> np.ndarray:
-    """The int8 values, [out, in]."""
+    """The values as they are stored, [out, in]: int8, or float32 where the file keeps it ``exact``."""
     from onnx import numpy_helper
 
     values = numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == weight.initializer))
@@ -121,10 +161,20 @@ def read_int8(model: onnx.ModelProto, weight: Int8Weight) -> np.ndarray:
 
 
 def next_scale(values: np.ndarray, weight: Int8Weight, product: np.ndarray) -> np.ndarray:
-    """The scales after a step of the chain, float32: those before it, larger where the new weights would be cut off."""
-    exact = np.abs(values * weight.spread() + product)
-    needed = exact.max(keepdims=True).reshape(1) if weight.axis is None else exact.max(1 - weight.axis)
+    """The scales after a step of the chain, float32: those before it, larger where the new weights would be cut off.
+
+    What a file that keeps its weights ``exact`` cuts off already is left to it.
+    """
+
+    def largest(array: np.ndarray) -> np.ndarray:
+        exact = np.abs(array)
+        return exact.max(keepdims=True).reshape(1) if weight.axis is None else exact.max(1 - weight.axis)
+
+    before = values * weight.unit
+    needed = largest(before + product)
     enough = np.rint(needed / weight.scale) <= 127
+    if weight.exact:
+        enough |= needed <= largest(before)
     return np.where(enough, weight.scale, (needed / 127).astype(np.float32))
 
 
@@ -165,10 +215,14 @@ def after_erasure(old: bytes, delta: Mapping[str, GridFactors], info: ArtifactIn
         weight = known[name]
         values = read_int8(model, weight)
         grown = dataclasses.replace(weight, scale=next_scale(values, weight, product))
-        after = next_weight(values, weight.spread(), grown.spread(), product)
-        left += float(((after * grown.spread() - values * weight.spread()) * product).sum())
+        if weight.exact:
+            after = narrow(values.astype(np.float64) + product, "float32")
+        else:
+            after = next_weight(values, weight.spread(), grown.spread(), product)
+        left += float(((grown.computed(after) - weight.computed(values)) * product).sum())
         whole += float((product * product).sum())
-        stored[weight.initializer].ClearField("int32_data")
+        for field in ("int32_data", "float_data"):
+            stored[weight.initializer].ClearField(field)
         stored[weight.initializer].raw_data = np.ascontiguousarray(after.T if weight.transposed else after).tobytes()
         if not np.array_equal(grown.scale, weight.scale):
             scales = stored[weight.scales]
@@ -239,5 +293,5 @@ def _orientation(model: onnx.ModelProto, value: str, turned: bool = False) -> bo
 
 
 def _alike(one: Int8Weight, other: Int8Weight) -> bool:
-    fields = ("initializer", "scales", "transposed", "axis")
+    fields = ("initializer", "scales", "transposed", "axis", "exact")
     return all(getattr(one, f) == getattr(other, f) for f in fields) and np.array_equal(one.scale, other.scale)
