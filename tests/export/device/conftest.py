@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 
-def _load_world():
-    spec = importlib.util.spec_from_file_location("device_world", Path(__file__).with_name("world.py"))
+def _load(name):
+    """A module of this folder; tests may import it as ``device_NAME``."""
+    spec = importlib.util.spec_from_file_location(f"device_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-World = _load_world().World
+World = _load("world").World
+_load("helpers")
+_load("tensorrt_double")
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +85,22 @@ def device(installed, tmp_path):
     """A device folder of its own with the original model of `chain` installed, and its key trusted."""
     shutil.copytree(installed, tmp_path / "device")
     return tmp_path / "device"
+
+
+@pytest.fixture
+def patched(chain, device):
+    """The device after the first patch."""
+    from gsforget.export.device.apply import apply
+
+    apply(chain.root / "patch-0001-fp32.gsf", device)
+    return device
+
+
+@pytest.fixture
+def patch1(chain):
+    return chain.root / "patch-0001-fp32.gsf"
+
+
+@pytest.fixture
+def patch2(chain):
+    return chain.root / "patch-0002-fp32.gsf"

@@ -10,7 +10,6 @@ import types
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import numpy_helper
 
 from gsforget.export.device.gpu import Gpu
@@ -74,6 +73,8 @@ class Engine:
 
 class Context:
     def __init__(self, engine):
+        import onnxruntime
+
         self.engine, self.at = engine, {}
         self.session = onnxruntime.InferenceSession(engine.model.SerializeToString())
 

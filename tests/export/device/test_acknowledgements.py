@@ -5,8 +5,9 @@ import os
 import shutil
 
 import pytest
+from device_helpers import refused
 
-from gsforget.errors import GsforgetError, RequestError, SafetyError
+from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import acknowledgements
 from gsforget.export.device.acknowledgements import Register, question, report
 from gsforget.export.device.apply import apply, open_device
@@ -36,12 +37,6 @@ def records(device):
 
 def public(device):
     return read_public_key(device / "device.pub.json", "device")
-
-
-def refused(kind, call, *args):
-    with pytest.raises(GsforgetError) as caught:
-        call(*args)
-    assert caught.value.kind == kind, caught.value.message
 
 
 def test_a_server_follows_a_device(told, chain, patches, register):

@@ -1,12 +1,11 @@
 """Engines of standard TensorRT on a device follow their ONNX file: refitted, else built again, else destroyed; the engine
 before never answers, and what gives other answers than the package says is not kept."""
 
-import importlib.util
 import json
 import shutil
 import sys
-from pathlib import Path
 
+import device_tensorrt_double as double
 import numpy as np
 import onnx
 import pytest
@@ -19,17 +18,6 @@ from gsforget.export.device.files import sha256
 from gsforget.export.device.metadata import read_sidecar
 
 LAYERS = ["fc1.weight", "fc2.weight"]
-
-
-def _load_double():
-    spec = importlib.util.spec_from_file_location("tensorrt_double", Path(__file__).with_name("tensorrt_double.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-double = _load_double()
 
 
 @pytest.fixture
