@@ -21,18 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from forget_demo import ROOT, Store
 from safetensors.torch import save
 
 from gsforget.checkpoint import read_weights
-from gsforget.export.build import export_model, export_patch, parity
+from gsforget.export.build import calibrate, export_model, export_patch, exporter, parity
 from gsforget.export.build.edits import changes_between, engine_edits
 from gsforget.export.build.locate import NotLocated, OnnxBytes
 from gsforget.export.device.apply import apply
 from gsforget.export.device.keys import new_keys
+from gsforget.export.device.preprocess import Preprocess
 from gsforget.folder import ModelConfig, build_model, is_model_folder, read_config, save_model, sha256, write_file
 from gsforget.lora.grid import merge, read_delta, to_grid
 
@@ -44,14 +47,14 @@ MODELS = {
     "deit3_small": "deit3_small_patch16_224",
     "swin_tiny": "swin_tiny_patch4_window7_224",
 }
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 BLOCKS = ("all", "half")
 RANK = 8
 REPEATS = 3
 IMAGES = 4  # on which parity is checked here: no figure of it is reported
 # Norm of a change, as a share of its weight's: so large that the answers of an untrained model change as those of a trained one
 # do by an erasure, more than rounding changes them.
-STRENGTH = {"fp32": 0.1, "fp16": 0.1, "bf16": 0.3}
+STRENGTH = {"fp32": 0.1, "fp16": 0.1, "bf16": 0.3, "int8": 0.5}
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
@@ -131,6 +134,9 @@ def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
     """One patch: is it the rebuild, its size, and its times."""
     os.chdir(work)
     parity.SYNTHETIC = IMAGES
+    if precision == "int8":  # the ranges of an untrained model are measured on noise
+        exporter.Export.calibration_data = lambda self: None
+        calibrate.calibration_images = lambda _data, _names, _erased, _forgotten, preprocess: noise(preprocess)
     original, run = Path(name), Path(f"{name}-{blocks}")
     if not is_model_folder(original):
         make_original(name, original)
@@ -160,6 +166,13 @@ def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
         "apply": {kind: time_apply(file, made, key.parent) for kind, file in (("onnx", base), ("engine", engine))},
         "not_tested": [n for n in made["not_tested"] if "whole file" in n],
     }
+
+
+def noise(preprocess: Preprocess) -> Iterator[np.ndarray]:
+    """Two batches that stand in for images."""
+    rng = np.random.default_rng(3)
+    for _ in range(2):
+        yield rng.standard_normal((IMAGES, *preprocess.input_size)).astype(np.float32)
 
 
 def sizes(made: dict) -> dict:

@@ -14,6 +14,7 @@ from gsforget.errors import RequestError, SafetyError
 from gsforget.export.build import export_model, export_patch
 from gsforget.export.build import onnx as writer
 from gsforget.export.build.locate import OnnxBytes
+from gsforget.export.device import rollforward
 from gsforget.export.device.apply import apply, open_device
 from gsforget.export.device.files import sha256
 from gsforget.export.device.metadata import check_outside, read_sidecar, sidecar_path
@@ -105,6 +106,32 @@ def test_a_changed_byte_in_either_file_is_refused(chain, tmp_path, which):
     export.write_bytes(export.read_bytes()[:-1])
     with pytest.raises(SafetyError):
         apply(model, tmp_path / "other", trust=chain.public)
+
+
+@pytest.mark.parametrize("name", ["write_pieces", "write_json", "try_out"])
+def test_a_kill_between_the_two_files_is_rolled_forward(chain, tmp_path, monkeypatch, name):
+    root = tmp_path / "device"
+    apply("artifacts/model-0000-fp32.onnx", root, trust=chain.public)
+    patch = export_patch(chain.first, previous=chain.original, key=chain.key)["artifacts"][0]["path"]
+    real, calls = getattr(rollforward, name), []
+
+    class Kill(BaseException):
+        pass
+
+    def once(*args, **kwargs):
+        calls.append(args)
+        real(*args, **kwargs)
+        raise Kill
+
+    with monkeypatch.context() as during:
+        during.setattr(rollforward, name, once)
+        with pytest.raises(Kill):
+            apply(patch, root)
+    assert len(calls) == 1
+    assert open_device(root).info.sequence == 1
+    fresh = {p.name for p in (chain.first / "artifacts").iterdir() if p.suffix in (".onnx", ".data")}
+    assert held(root) == sorted(fresh)
+    assert not (root / "intent.json").exists()
 
 
 def test_tensors_are_read_where_they_lie(chain):

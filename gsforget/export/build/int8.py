@@ -1,8 +1,9 @@
 """int8 along a chain of erasures, in ONNX files that carry their weights as int8: W(n) = round((s W(n-1) + D) / s').
 
-The scales of the activations are those of the chain's first int8 file and never change.  A weight's scale s stays as well,
-except where the erasure leads beyond its range: there, s' is just large enough.  (With s frozen, a quarter of an erasure of
-the demo model was cut off: erasures concentrate on few blocks, and may be larger there than the weights themselves.)
+The scales of the activations are those of the chain's first int8 file and never change.  The weights' scales s stay as
+well, all of them, where that cuts off next to nothing of the erasure: then an engine, whose code is laid out by scales, can be
+patched too.  Else s' is just large enough where the erasure leads beyond the range of s.  (With s frozen, a quarter of an
+erasure of the demo model was cut off: erasures concentrate on few blocks, and may be larger there than the weights.)
 
 A change smaller than half a step rounds away, every time anew, because what was rounded off before is gone: how much of an
 erasure is left is measured, and too little is refused.
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 SUFFIX = "_quantized"  # that ONNX Runtime's quantisation adds to a weight's name
 KEPT = 0.9  # the share of an erasure that rounding must leave
+FROZEN = 0.997  # of what growing scales keep of an erasure, the share that scales must keep to stay as they are
 # Adding a small change to weights that were rounded loses it; rounding the float32 weights anew does not, on average.
 ANEW = (
     "To calibrate anew and send the file whole, type gsforget export --onnx --precision int8 and then gsforget export "
@@ -187,6 +189,24 @@ def next_weight(values: np.ndarray, before: np.ndarray, after: np.ndarray, produ
     return np.clip(np.rint(exact), min(int(values.min()), -127), 127).astype(np.int8)
 
 
+@dataclass(frozen=True)
+class _Next:
+    """A weight after a step of the chain, its values as they are stored, and how much of the erasure is left in it."""
+
+    weight: Int8Weight
+    values: np.ndarray
+    left: float
+
+    @classmethod
+    def of(cls, before: Int8Weight, values: np.ndarray, product: np.ndarray, scale: np.ndarray) -> _Next:
+        weight = dataclasses.replace(before, scale=scale)
+        if before.exact:
+            after = narrow(values.astype(np.float64) + product, "float32")
+        else:
+            after = next_weight(values, before.spread(), weight.spread(), product)
+        return cls(weight, after, float(((weight.computed(after) - before.computed(values)) * product).sum()))
+
+
 def after_erasure(old: bytes, delta: Mapping[str, GridFactors], info: ArtifactInfo) -> tuple[bytes, float]:
     """The int8 file after an erasure, from the one before it: other int8 weights, their scales, and other metadata.
 
@@ -207,26 +227,29 @@ def after_erasure(old: bytes, delta: Mapping[str, GridFactors], info: ArtifactIn
     model = onnx.load_model_from_string(old)
     known = int8_weights(model)
     stored = {i.name: i for i in model.graph.initializer}
-    left = whole = 0.0
+    frozen, grown = [], []
+    whole = 0.0
     for name, factors in delta.items():
         product = factors.product().numpy()
         if name not in known or tuple(read_int8(model, known[name]).shape) != product.shape:
             raise NotLocated(f"it does not carry {name} as int8")
         weight = known[name]
         values = read_int8(model, weight)
-        grown = dataclasses.replace(weight, scale=next_scale(values, weight, product))
-        if weight.exact:
-            after = narrow(values.astype(np.float64) + product, "float32")
-        else:
-            after = next_weight(values, weight.spread(), grown.spread(), product)
-        left += float(((grown.computed(after) - weight.computed(values)) * product).sum())
+        frozen.append(_Next.of(weight, values, product, weight.scale))
+        grown.append(_Next.of(weight, values, product, next_scale(values, weight, product)))
         whole += float((product * product).sum())
+    most = sum(one.left for one in grown)
+    chosen = frozen if sum(one.left for one in frozen) >= FROZEN * most else grown
+    for one in chosen:
+        weight = one.weight
         for field in ("int32_data", "float_data"):
             stored[weight.initializer].ClearField(field)
-        stored[weight.initializer].raw_data = np.ascontiguousarray(after.T if weight.transposed else after).tobytes()
-        if not np.array_equal(grown.scale, weight.scale):
-            scales = stored[weight.scales]
-            scales.CopyFrom(numpy_helper.from_array(grown.scale.reshape(tuple(scales.dims)), weight.scales))
+        lies = one.values.T if weight.transposed else one.values
+        stored[weight.initializer].raw_data = np.ascontiguousarray(lies).tobytes()
+        scales = stored[weight.scales]
+        if not np.array_equal(numpy_helper.to_array(scales).reshape(-1), weight.scale):
+            scales.CopyFrom(numpy_helper.from_array(weight.scale.reshape(tuple(scales.dims)), weight.scales))
+    left = sum(one.left for one in chosen)
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
             entry.value = json.dumps(info.to_json(), sort_keys=True)
