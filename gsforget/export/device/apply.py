@@ -275,6 +275,12 @@ class _Call(RollForward):
         """
         if manifest.kind == "full" or state is None:
             artifacts, made = list(manifest.artifacts), [Made(a.name, None) for a in manifest.artifacts]
+            whole = next((a for a in artifacts if a.kind == "onnx"), None)
+            known = state.artifacts if state is not None else ()
+            for held in known:
+                source = source_of(self.folder, held, known)
+                if source is not None and whole is not None:
+                    made.append(Made(next_name(held.name, source.name, whole.name), held.name, whole.name))
         else:
             by_base = {(a.kind, a.before.sha256): a for a in manifest.artifacts if a.before is not None}
             artifacts, made, following = [], [], []

@@ -64,12 +64,12 @@ def next_name(engine: str, before: str, after: str) -> str:
     return f"{after.removesuffix('.onnx')}{label or '-trt'}.engine"
 
 
-def make_engine(folder: DeviceFolder, made: Made, old_onnx: str, manifest: Manifest) -> Followed:
+def make_engine(folder: DeviceFolder, made: Made, old_onnx: str | None, manifest: Manifest) -> Followed:
     """Make the engine that an intent record asks for, from its ONNX file, which is written and proven already.
 
     Args:
         made: the engine's new name, its ``base`` before, and the ``source`` that it is made from.
-        old_onnx: the name of the ONNX file before.
+        old_onnx: the name of the ONNX file before; None: it came whole, and there is nothing to compare it with.
         manifest: of the package, verified.
 
     Raises OSError where it cannot be written; whatever TensorRT refuses destroys the engine instead, and says so.
@@ -171,9 +171,11 @@ def _tensorrt(sidecar: Mapping[str, Any], reasons: list[str]) -> Any | None:
 
 
 def _refit(
-    trt: Any, folder: DeviceFolder, made: Made, old_onnx: str, manifest: Manifest, before: _Before
+    trt: Any, folder: DeviceFolder, made: Made, old_onnx: str | None, manifest: Manifest, before: _Before
 ) -> tuple[bytes, list[str]]:
     known = [str(name) for name in before.sidecar.get("refittable", ())]
+    if old_onnx is None:
+        raise ValueError("the ONNX file came whole")
     weights, dtype = changed_tensors(folder.models / old_onnx, folder.models / str(made.source), manifest.precision)
     fixed = sorted(weights.keys() - set(known))
     if fixed:
@@ -183,7 +185,7 @@ def _refit(
 
 
 def _build(
-    trt: Any, folder: DeviceFolder, made: Made, old_onnx: str, manifest: Manifest, before: _Before
+    trt: Any, folder: DeviceFolder, made: Made, old_onnx: str | None, manifest: Manifest, before: _Before
 ) -> tuple[bytes, list[str]]:
     low, usual, high = (int(n) for n in before.sidecar["batch"])
     path = folder.models / made.name

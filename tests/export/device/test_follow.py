@@ -174,6 +174,14 @@ def test_a_new_engine_that_cannot_be_asked_is_kept_where_it_was_built_and_not_wh
     assert "TensorRT could not run" in note
 
 
+def test_an_engine_is_built_from_an_onnx_file_that_comes_whole(device, world, machine):
+    trt, _ = machine()
+    done = apply(world.full(2), device)
+    check(device, world, 2)
+    assert (trt.refits, trt.builds) == ([], 2)
+    assert engine_of(device, 2, world).name in done.loaded.answered
+
+
 def test_a_kill_at_any_step_of_an_engine_never_brings_the_old_model_back(device, world, machine, monkeypatch, tmp_path):
     """The process ends before a refit, in it, after it, before and after the ledger's line."""
     trt, _ = machine()
