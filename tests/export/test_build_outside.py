@@ -134,6 +134,21 @@ def test_a_kill_between_the_two_files_is_rolled_forward(chain, tmp_path, monkeyp
     assert not (root / "intent.json").exists()
 
 
+@pytest.mark.slow
+def test_an_rtx_engine_of_such_a_model_is_patched_beside_it(chain, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    build = {"trt": True, "backend": "rtx", "targets": ("sm89",), "batch": (1, 2, 4)}
+    export_model(chain.original, onnx=True, precision="fp16", **build)
+    made = export_patch(chain.first, previous=chain.original, key=chain.key, precision="fp16")
+    assert [a["kind"] for a in made["artifacts"]] == ["patch", "onnx", "engine"]
+    assert sorted(r["kind"] for r in made["artifacts"][0]["replaces"]) == ["data", "engine", "onnx"]
+    root, files = tmp_path / "device", sorted(p for p in (chain.original.parent / "artifacts").glob("*fp16*.*"))
+    apply([p for p in files if p.suffix in (".onnx", ".engine")], root, trust=chain.public)
+    apply(made["artifacts"][0]["path"], root)
+    for name in held(root):
+        assert (root / "models" / name).read_bytes() == (chain.first / "artifacts" / name).read_bytes()
+
+
 def test_tensors_are_read_where_they_lie(chain):
     path = chain.original.parent / "artifacts" / "model-0000-fp32.onnx"
     read = OnnxBytes.read(path)
