@@ -7,7 +7,6 @@ that later says less than it said before was set back.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.counters import AckFolder
-from gsforget.export.device.files import flush_folder, write_json
+from gsforget.export.device.files import flush_folder, read_json, write_json
 from gsforget.export.device.keys import DEVICE, PublicKey, SigningKey, device_key, raw_public
 from gsforget.export.device.records import State
 from gsforget.export.device.store import DeviceFolder, now_text
@@ -111,7 +110,7 @@ class Register:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        raw = json.loads(self.path.read_bytes()) if self.path.is_file() else {}
+        raw = read_json(self.path) if self.path.is_file() else {}
         try:
             self._keys = {d: PublicKey(DEVICE, raw_public(one["public"])) for d, one in raw.items()}
             self._reached = {d: {str(m): int(n) for m, n in one["reached"].items()} for d, one in raw.items()}

@@ -153,5 +153,6 @@ def test_a_key_that_was_cut_off_is_made_again(told, patches):
 
 
 def test_files_that_are_no_register(tmp_path):
-    (tmp_path / "r.json").write_text('{"device": 1}')
-    refused("bad_file", Register, tmp_path / "r.json")
+    for content in ('{"device": 1}', "[]", "none"):
+        (tmp_path / "r.json").write_text(content)
+        refused("bad_file", Register, tmp_path / "r.json")
