@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from gsforget.errors import RequestError
 
 LOCK = "lock"
-ANSWERING = "answering.lock"
+ANSWERING, TURN = "answering.lock", "answering.turn"
 WAIT = 60.0  # seconds that one process waits for another
 
 
@@ -37,9 +38,9 @@ def answering(root: Path) -> Iterator[None]:
     Many may do so at once.  Whoever has put a new model in place waits for them, see ``wait_for_answers``; it outlives no
     process.
     """
-    with open(root / ANSWERING, "a+b") as handle:
-        while not _try_lock(handle.fileno(), shared=True):
-            time.sleep(0.005)
+    with open(root / ANSWERING, "a+b") as handle, open(root / TURN, "a+b") as turn:
+        with _held(turn.fileno(), shared=True):  # nobody overtakes a call that waits
+            _lock(handle.fileno(), shared=True)
         try:
             yield
         finally:
@@ -49,18 +50,34 @@ def answering(root: Path) -> Iterator[None]:
 def wait_for_answers(root: Path, wait: float = WAIT) -> bool:
     """Wait until everybody has finished who began to answer before this call; False where somebody has not.
 
-    Whoever begins later sees what the folder holds now.
+    Whoever begins later waits for this call, and sees what the folder holds now.
     """
     if not (root / ANSWERING).exists():  # nobody has begun to answer from here
         return True
-    with open(root / ANSWERING, "r+b") as handle:
-        until = time.monotonic() + wait
-        while not _try_lock(handle.fileno()):
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.005)
-        _unlock(handle.fileno())
-    return True
+    until = time.monotonic() + wait
+    with open(root / ANSWERING, "a+b") as handle, open(root / TURN, "a+b") as turn:
+        try:
+            with _held(turn.fileno(), until=until), _held(handle.fileno(), until=until):
+                return True
+        except TimeoutError:
+            return False
+
+
+@contextmanager
+def _held(descriptor: int, shared: bool = False, until: float = math.inf) -> Iterator[None]:
+    _lock(descriptor, shared, until)
+    try:
+        yield
+    finally:
+        _unlock(descriptor)
+
+
+def _lock(descriptor: int, shared: bool = False, until: float = math.inf) -> None:
+    """Raises TimeoutError."""
+    while not _try_lock(descriptor, shared):
+        if time.monotonic() >= until:
+            raise TimeoutError
+        time.sleep(0.005)
 
 
 def _try_lock(descriptor: int, shared: bool = False) -> bool:

@@ -185,6 +185,29 @@ def test_a_batch_that_never_ends_does_not_stop_an_erasure_and_is_said(device, ch
     assert lock.wait_for_answers(device)
 
 
+def test_batches_that_follow_each_other_without_a_gap_do_not_keep_apply_waiting(device):
+    stop, entered = threading.Event(), []
+
+    def batches():
+        while not stop.is_set():
+            with lock.answering(device):
+                entered.append(time.monotonic())
+                time.sleep(0.02)
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(batches)
+        while len(entered) < 9:
+            time.sleep(0.01)
+        start = time.monotonic()
+        assert lock.wait_for_answers(device, 20)
+        waited, before = time.monotonic() - start, len(entered)
+        while len(entered) < before + 6:
+            time.sleep(0.01)
+        stop.set()
+    assert waited < 10, "a batch or two, on a machine that does other things as well"
+
+
 def test_where_nothing_arrives_the_old_model_does_not_stay_loaded(inbox, device, chain):
     watcher = Watcher(Source(device, "cpu"), inbox)
     apply(chain.root / "patch-0001-fp32.gsf", device)
