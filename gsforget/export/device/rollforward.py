@@ -19,7 +19,7 @@ from gsforget.export.device.files import flush_folder, sha256, write_json, write
 from gsforget.export.device.follow import Followed, make_engine
 from gsforget.export.device.lock import WAIT, wait_for_answers
 from gsforget.export.device.manifest import Manifest
-from gsforget.export.device.metadata import sidecar_path
+from gsforget.export.device.metadata import read_sidecar, sidecar_path
 from gsforget.export.device.onnx_file import outside_files
 from gsforget.export.device.opening import Loaded, try_out
 from gsforget.export.device.package import read_package, verify_signature
@@ -238,10 +238,24 @@ class RollForward:
                 "builder": artifact.builder.to_json() if artifact.builder else None,
                 "model": m.info.to_json(),
                 **({"data_files": {name: beside[name] for name in outside}} if outside else {}),
+                **self._carried(made, artifact),
             },
         )
         after = artifact.after
         return Held(made.name, artifact.kind, after.sha256, after.bytes, sha256(sidecar_path(path)))
+
+    def _carried(self, made: Made, artifact: PatchedArtifact) -> dict[str, Any]:
+        """What the sidecar of the ONNX file before says and a package does not: which weights erasures change.
+
+        An engine that is built from the new file can then be refitted as well.
+        """
+        if artifact.kind != "onnx" or made.base is None:
+            return {}
+        try:
+            before = read_sidecar(self.folder.models / made.base) or {}
+        except SafetyError:  # damaged since it was checked; no erasure waits for it
+            return {}
+        return {"erasable": before["erasable"]} if "erasable" in before else {}
 
 
 def open_base(folder: DeviceFolder, made: Made) -> memoryview:

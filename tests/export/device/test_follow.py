@@ -174,6 +174,18 @@ def test_a_new_engine_that_cannot_be_asked_is_kept_where_it_was_built_and_not_wh
     assert "TensorRT could not run" in note
 
 
+def test_an_engine_built_from_a_device_s_own_file_can_be_refitted(device, world, machine, tmp_path):
+    trt, _ = machine(None)
+    apply(world.patch(1), device)  # without its GPU, the engine is destroyed
+    trt, _ = machine()
+    onnx_file = device / "models" / world.artifact(1).name
+    made = export_file(onnx_file, trt=True, backend="trt", out=tmp_path / "again")["artifacts"][0]["path"]
+    apply([onnx_file, made], tmp_path / "second", trust=world.public)
+    apply(world.patch(2), tmp_path / "second")
+    check(tmp_path / "second", world, 2)
+    assert trt.refits == [LAYERS]
+
+
 def test_an_engine_is_built_from_an_onnx_file_that_comes_whole(device, world, machine):
     trt, _ = machine()
     done = apply(world.full(2), device)
