@@ -218,11 +218,6 @@ def open_model_and_data(
     Returns the source, the task's data (an image folder, or annotated scenes), and the function that reads one image
     file for this model.
     """
-    if task == "detect" or (task is None and _is_detector(model)):
-        from gsforget.tasks.detect.opening import open_detector
-
-        others = {"checkpoint": checkpoint, "model_kwargs": model_kwargs, "preprocessing": preprocessing}
-        return open_detector(model, data, annotations, class_names=class_names, architecture=architecture, **others)
     from dataclasses import replace
 
     from gsforget.export.device.preprocess import Preprocess
@@ -230,12 +225,15 @@ def open_model_and_data(
     from gsforget.tasks import find_task
 
     asked = find_task(task or "classify")
+
+    def data_classes() -> list[str]:
+        found: list[str] = asked.open_data(data, None, never_seen=never_seen, annotations=annotations).class_names
+        return found
+
     if isinstance(model, (str, Path)):
         source = load_source(
             str(model),
-            None
-            if class_names or Path(model).is_dir()
-            else asked.open_data(data, None, never_seen=never_seen).class_names,
+            data_classes,
             checkpoint=checkpoint,
             model_kwargs=model_kwargs,
             class_names=class_names,
@@ -244,19 +242,11 @@ def open_model_and_data(
             task=task,
         )
     else:
-        names = class_names or asked.open_data(data, None, never_seen=never_seen).class_names
-        source = source_of_module(model, names, preprocessing or {}, architecture)
+        source = source_of_module(model, class_names or data_classes(), preprocessing or {}, architecture)
         source.config = replace(source.config, task=task or "classify")
     kind = find_task(source.config.task)
-    images = kind.open_data(data, source.names, list(source.erased.values()), never_seen)
+    images = kind.open_data(data, source.names, list(source.erased.values()), never_seen, annotations)
     return source, images, Preprocess.from_dict(source.config.to_json()).load
-
-
-def _is_detector(model: str | Path | nn.Module) -> bool:
-    """Whether `model` is the folder of a detector."""
-    from gsforget.folder import is_model_folder, read_config
-
-    return isinstance(model, (str, Path)) and is_model_folder(Path(model)) and read_config(Path(model)).task == "detect"
 
 
 def audit_model(
@@ -278,6 +268,7 @@ def audit_model(
     skip_corrupt: bool = False,
     progress: Callable[[str], None] | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
+    annotations: str | None = None,
 ) -> dict[str, Any]:
     """Look for what a model still knows of forgotten classes, and write the evidence.
 
@@ -294,6 +285,7 @@ def audit_model(
         class_names: names of the data's folders in index order; default: the run's, the original's, or the model's own.
         with_images: show test images in the report.
         max_probe_excess: ratio; (probe - never seen) / (original - never seen) on the features.
+        annotations: of detectors, as for `forget`; default: those of the run, else `annotations` in `data`.
         out: folder, or file ending in .json; default: `audit/` of the run, nothing for a model that is no run.
         show: called with the document in which erased classes still have their names, for people at the workstation.
 
@@ -308,6 +300,7 @@ def audit_model(
     from gsforget.audit.audit import audit
     from gsforget.audit.case import Ask, open_case
     from gsforget.audit.publish import places, plain, shown, write
+    from gsforget.request import refuse_annotations
 
     ask = Ask(
         Path(model) if model is not None else None,
@@ -324,6 +317,7 @@ def audit_model(
         trust_code,
         skip_corrupt,
         with_images,
+        annotations,
     )
     say = progress or (lambda _text: None)
     of_task = _audit_of_task(ask)
@@ -332,6 +326,7 @@ def audit_model(
         if show:
             show(plain(found))
         return shown(found)
+    refuse_annotations(annotations)
     say("opening the models")
     case = open_case(ask, _Devices())
     where = places(case, Path(out) if out else None)

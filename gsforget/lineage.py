@@ -50,6 +50,15 @@ def read_request(folder: Path) -> dict[str, Any]:
     return request
 
 
+def annotations_of(request: dict[str, Any], data: Path, given: str | None) -> str | None:
+    """What `--annotations` is for images under `data`: what was `given`, else what the run noted of the same folder, while
+    its files are there; else None, and they are looked for where they usually lie."""
+    noted = request.get("annotations")
+    if given is not None or not noted or Path(request.get("data", "")).resolve() != data.resolve():
+        return given
+    return str(noted) if all(Path(part).exists() for part in noted.split(",")) else None
+
+
 def ancestors(run: Path) -> list[Ancestor]:
     """The models behind a run, newest first; the walk ends at the original model or at the first one that is not found.
 

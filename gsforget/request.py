@@ -108,6 +108,16 @@ def refuse(asked: dict[str, Any], message: str, hint: str, kind: str) -> None:
         raise RequestError(message.format(option), hint.format(option), kind)
 
 
+def refuse_annotations(annotations: str | None) -> None:
+    """RequestError ``not_for_detection`` where annotations were given to a task that reads none."""
+    refuse(
+        {"--annotations": annotations},
+        "{} is about object detection, and the model is no detector.",
+        "Leave it out, or name a detector with --task detect.",
+        "not_for_detection",
+    )
+
+
 def check_method(method: str) -> None:
     """Refuse a method that does not exist.  Raises RequestError ``unknown_method`` with the nearest name."""
     if method in METHODS:

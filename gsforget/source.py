@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ class Source:
 
 def load_source(
     model: str,
-    data_classes: list[str] | None = None,
+    data_classes: Callable[[], list[str]] | None = None,
     *,
     checkpoint: Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
@@ -56,7 +57,8 @@ def load_source(
 
     Args:
         model: a model or run folder, else a timm model name.
-        data_classes: sorted class folders of the data; the index order where neither config nor `class_names` gives one.
+        data_classes: finds the sorted class folders of the data; the index order where neither config nor `class_names`
+            gives one.
         checkpoint: weights for a timm name; without it the hub's own weights are loaded.
         preprocessing: img_size, mean, std, crop_pct, interpolation given by the user; None entries are ignored.
         task: what the model is for; None: as its folder says, else ``classify``.
@@ -71,6 +73,8 @@ def load_source(
     kind = find_task(task or "classify")
     given = {k: v for k, v in (preprocessing or {}).items() if v is not None}
     path = Path(model)
+    if not path.exists():
+        path = kind.find_folder(model) or path
     if path.is_dir():
         if checkpoint or model_kwargs:
             raise RequestError(
@@ -96,7 +100,7 @@ def load_source(
         raise RequestError(
             f"There is no folder {model}.", "Give --model a model folder or a timm model name.", "no_model"
         )
-    names = class_names or data_classes
+    names = class_names or (data_classes() if data_classes else None)
     if not names:
         raise RequestError(
             "The class names are not known.", "Give --class-names FILE, one name per line.", "no_class_names"
@@ -117,6 +121,8 @@ def _from_folder(path: Path, class_names: list[str] | None, given: dict[str, Any
             "class_count",
         )
     erased = {int(k): v for k, v in history.get("erased", {}).items()} or {i: names[i] for i in config.forgotten}
+    if class_names and not erased:
+        config = replace(config, class_names=list(class_names))
     return Source(model, config, names, erased, path, frozenset(history.get("erased_images", [])))
 
 
@@ -135,7 +141,7 @@ def _read_request(path: Path) -> dict[str, Any]:
 
 def _override(config: ModelConfig, given: dict[str, Any]) -> ModelConfig:
     fields = {k: v for k, v in given.items() if k in ("crop_pct", "interpolation")}
-    channels = config.input_size[0]
+    channels = len(config.mean)  # a detector's images may have one more, which says where padding is
     for key in ("mean", "std"):
         if key in given:
             fields[key] = tuple(given[key]) * (channels if len(given[key]) == 1 else 1)

@@ -59,6 +59,7 @@ class Ask:
     trust_code: bool = False
     skip_corrupt: bool = False
     with_images: bool = False
+    annotations: str | None = None
 
 
 @dataclass(frozen=True)

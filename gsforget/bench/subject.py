@@ -60,7 +60,7 @@ def start_folder(
                 "no_model",
             )
         return Path(model)
-    source = load_source(str(model), names, checkpoint=checkpoint, model_kwargs=kwargs, task=task)
+    source = load_source(str(model), lambda: names, checkpoint=checkpoint, model_kwargs=kwargs, task=task)
     folder = out / START
     folder.mkdir(parents=True, exist_ok=True)
     save_model(source.model.state_dict(), source.config, folder)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import Device, DeviceOption, JsonOption, TrustCodeOption, parse_list
+from gsforget.cli.options import AnnotationsOption, Device, DeviceOption, JsonOption, TrustCodeOption, parse_list
 from gsforget.cli.output import emit_json, next_command, say, table
 
 Opt = typer.Option
@@ -36,6 +36,7 @@ def audit(
         typer.Argument(metavar="RUN|MODEL|FILE", help="Run, model folder or .onnx file; default: the newest run."),
     ] = None,
     data: Annotated[Path | None, Opt(help="Image folder: train/<class>/* and test/<class>/* (or val).")] = None,
+    annotations: AnnotationsOption = None,
     tier: Annotated[Tier, Opt(help="quick: no training; standard: a probe; full: relearning.")] = Tier.quick,
     reference: Annotated[
         Path | None, Opt(help="Model folder of a model trained without the classes, to compare with.")
@@ -69,6 +70,7 @@ def audit(
     document = audit_model(
         model,
         data,
+        annotations=annotations,
         tier=tier.value,
         reference=reference,
         never_seen=parse_list(never_seen, "--never-seen"),
@@ -90,6 +92,7 @@ def audit(
     if document["verdict"] == "fail":
         raise typer.Exit(3)
     given: dict[str, object] = {
+        "--annotations": annotations,
         "--classes": classes,
         "--class-names": class_names,
         "--original": original,

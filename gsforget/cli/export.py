@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import JsonOption, TrustCodeOption, parse_list
+from gsforget.cli.options import AnnotationsOption, JsonOption, TrustCodeOption, parse_list
 from gsforget.cli.output import emit_json, next_command, say, table
 
 
@@ -55,6 +55,7 @@ def export(
     data: Annotated[
         Path | None, typer.Option("--data", help="Images to measure on; default: those of the run.")
     ] = None,
+    annotations: AnnotationsOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the artifacts; default: RUN/artifacts.")] = None,
     triton_repo: Annotated[
         Path | None,
@@ -120,7 +121,7 @@ def export(
 
             given: dict[str, Any] = {k: v for k, v in of_patch.items() if v is not None}
             shared = {k: v for k, v in common.items() if k in ("precision", "out", "progress") and v is not None}
-            made = export_patch(run, data=data, trust_code=trust_code, **given, **shared)
+            made = export_patch(run, data=data, annotations=annotations, trust_code=trust_code, **given, **shared)
         else:
             from gsforget.export.build import export_model
 
@@ -128,6 +129,7 @@ def export(
                 run,
                 onnx=onnx,
                 data=data,
+                annotations=annotations,
                 with_features=with_features,
                 trust_code=trust_code,
                 previous=previous,

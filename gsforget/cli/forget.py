@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gsforget.cli.options import (
+    AnnotationsOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -61,12 +62,7 @@ def forget(
     task: Annotated[
         str | None, Opt(help="classify, face, or detect for object kinds; default: as the model folder says.")
     ] = None,
-    annotations: Annotated[
-        str | None,
-        Opt(
-            help="Of detect: folder of COCO's JSON files, or TRAIN.json,TEST.json; default: annotations in the data folder."
-        ),
-    ] = None,
+    annotations: AnnotationsOption = None,
     method: Annotated[str, Opt(help="gs-lora or gs-lora++.")] = DEFAULT_METHOD,
     shots: Annotated[int | None, Opt(min=1, help="Images per class to learn from.")] = None,
     rank: Annotated[int | None, Opt(min=1, help="Rank of the LoRA pairs; default: 16.")] = None,
@@ -106,8 +102,6 @@ def forget(
 
     if task is not None:
         find_task(task)
-    if annotations is not None and task not in (None, "detect"):
-        raise RequestError("--annotations is about object detection.", "Add --task detect.", "not_for_detection")
     check_method(method)
     wanted = parse_list(classes) + (read_names(classes_file) if classes_file else [])
     numbers: dict[str, Any] = {

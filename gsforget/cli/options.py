@@ -23,6 +23,13 @@ DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where to compute; auto takes a GPU where there is one.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document to stdout.")]
+AnnotationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--annotations",
+        help="Of detectors: folder of COCO's JSON files, or TRAIN.json,TEST.json; default: annotations in the data folder.",
+    ),
+]
 TrustCodeOption = Annotated[
     bool,
     typer.Option("--trust-code", help="Run the Python factory that config.json names; it can do anything you can."),

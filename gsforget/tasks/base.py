@@ -276,6 +276,14 @@ class Kind(Protocol):
         ...
 
     @staticmethod
+    def find_folder(name: str) -> Path | None:
+        """The folder of a model that is named otherwise, downloaded where need be; None: `open_source` knows the name.
+
+        Raises RequestError where a task's models are folders, and the name stands for none.
+        """
+        ...
+
+    @staticmethod
     def open_source(
         name: str, names: list[str], checkpoint: Path | None, model_kwargs: dict[str, Any], given: dict[str, Any]
     ) -> Source:
@@ -288,12 +296,17 @@ class Kind(Protocol):
 
     @staticmethod
     def open_data(
-        root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+        root: Path,
+        names: list[str] | None,
+        optional: Collection[str] = (),
+        never_seen: Collection[str] = (),
+        annotations: str | None = None,
     ) -> Any:
         """The images under `--data`, with `class_names` in the model's index order; `names` None: as the data has them.
 
         Args:
             optional: names that may lack images; never_seen: folders that are no classes of the model.
+            annotations: what `--annotations` says; refused by tasks whose images need none.
 
         Raises:
             RequestError: the data do not fit.

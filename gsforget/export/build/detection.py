@@ -87,12 +87,14 @@ class TorchDetector:
         return {name: t.cpu().numpy() for name, t in zip((OUTPUT, *MORE), given, strict=True)}
 
 
-def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Sequence[int]) -> Scenes:
-    """The test scenes of a data folder, whose annotations lie in `annotations`; see `tasks.detect.coco`."""
+def find_samples(
+    data: Path, names: list[str], erased: list[str], forgotten: Sequence[int], annotations: str | None = None
+) -> Scenes:
+    """The test scenes of a data folder; see `tasks.detect.coco` for where annotations lie."""
     from gsforget.tasks.detect.coco import open_scenes
 
     del erased
-    return Scenes(open_scenes(data, None, names).test.scenes, forgotten)
+    return Scenes(open_scenes(data, annotations, names).test.scenes, forgotten)
 
 
 def check(c: Comparison) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from gsforget.errors import RequestError
 from gsforget.export.build.kinds import Comparison, find_kind
 from gsforget.export.build.place import Repository, find_place
 from gsforget.folder import WEIGHTS, ModelConfig, load_model, sha256
+from gsforget.lineage import annotations_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +41,7 @@ def export_model(
     targets: Sequence[str] = (),
     batch: Sequence[int] = (1, 8, 64),
     data: str | Path | None = None,
+    annotations: str | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
     triton_repo: str | Path | None = None,
@@ -59,6 +61,8 @@ def export_model(
         batch: smallest, usual and largest batch of the engine.
         data: image folder to measure on; default: the one that the run was made with, if it is still there.  Without
             data, parity is measured on seeded noise and the accuracies are None.
+        annotations: of detectors: a folder of COCO's JSON files, or two of them separated by a comma; default: those that
+            the run was made with, else `annotations` in `data`.
         out: folder of the artifacts; default: `artifacts/` in a run, and in the current folder for a model folder that
             is no run (an original model is never written to).
         triton_repo: put the engine, or the ONNX file, into this model repository of NVIDIA Triton as well; see
@@ -135,7 +139,7 @@ def export_model(
 
         export.follow(find_step(folder, export.request, previous, precision))
     repository = Repository.plan(triton_repo, export.info, onnx, plan, sizes)
-    export.find_data(Path(data) if data else None)
+    export.find_data(Path(data) if data else None, annotations)
     if precision in CALIBRATED and previous is None:
         export.calibration_data()
     place.mkdir(parents=True, exist_ok=True)
@@ -209,8 +213,8 @@ class Export:
             more_names=self.kind.MORE,
         )
 
-    def find_data(self, given: Path | None) -> None:
-        """The images to measure on: those given, else those of the run where they still are."""
+    def find_data(self, given: Path | None, annotations: str | None = None) -> None:
+        """The images to measure on, and their annotations: those given, else those of the run where they still are."""
         stored = Path(self.request["data"]) if self.request.get("data") else None
         self.data = data = given or (stored if stored and stored.is_dir() else None)
         if data is None:
@@ -218,7 +222,8 @@ class Export:
                 "accuracies of the artifact: no images were given with --data; parity is on seeded noise"
             )
             return
-        self.samples = self.kind.find_samples(data, *self._classes(), self.config.forgotten)
+        annotations = annotations_of(self.request, data, annotations)
+        self.samples = self.kind.find_samples(data, *self._classes(), self.config.forgotten, annotations)
 
     def _classes(self) -> tuple[list[str], list[str]]:
         """Folder names in index order, and those of them that were erased."""

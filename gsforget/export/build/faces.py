@@ -25,11 +25,13 @@ LEAST_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.98, "int8": 0.9, "fp8
 MAX_TAR_GAIN = 1.0  # points by which an artifact may verify forgotten people better than the model does
 
 
-def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Sequence[int]) -> Samples:
+def find_samples(
+    data: Path, names: list[str], erased: list[str], forgotten: Sequence[int], annotations: str | None = None
+) -> Samples:
     """The test images of the model's people; see `kinds.ExportKind`."""
     from gsforget.tasks.face.data import open_data
 
-    test = open_data(data, names, erased).test
+    test = open_data(data, names, erased, annotations=annotations).test
     if not len(test):
         raise RequestError(f"{data} holds no test images.", "Give another folder with --data.", "no_test_images")
     return Samples(test.paths, np.asarray(test.labels), forgotten)

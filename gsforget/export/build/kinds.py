@@ -58,8 +58,10 @@ class ExportKind(Protocol):
         ...
 
     @staticmethod
-    def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Sequence[int]) -> Any:
-        """Test images to compare on.  Raises RequestError where the data do not fit."""
+    def find_samples(
+        data: Path, names: list[str], erased: list[str], forgotten: Sequence[int], annotations: str | None = None
+    ) -> Any:
+        """Test images to compare on.  Raises RequestError where the data, or `--annotations`, do not fit."""
         ...
 
     @staticmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.errors import GateError, RequestError
+from gsforget.request import refuse_annotations
 
 if TYPE_CHECKING:
     from torch import nn
@@ -229,18 +230,22 @@ def check_forgotten(
             )
 
 
-def find_samples(data: Path, names: list[str], erased: list[str], forgotten: Sequence[int]) -> Samples:
+def find_samples(
+    data: Path, names: list[str], erased: list[str], forgotten: Sequence[int], annotations: str | None = None
+) -> Samples:
     """The test images of a data folder.
 
     Args:
         names: folder names in index order, erased classes under the names that their folders have.
         erased: those of them whose folders may be gone.
+        annotations: of detectors; refused here.
 
     Raises:
         RequestError: the folder does not fit the classes, or has no test images.
     """
     from gsforget.data import scan
 
+    refuse_annotations(annotations)
     test = scan(data, names, optional=erased).test
     if not len(test):
         raise RequestError(f"{data} holds no test images.", "Give another folder with --data.", "no_test_images")

@@ -36,6 +36,7 @@ def export_patch(
     expires: int = EXPIRES,
     encrypt_for: str | Path | None = None,
     data: str | Path | None = None,
+    annotations: str | None = None,
     out: str | Path | None = None,
     trust_code: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -51,7 +52,7 @@ def export_patch(
         key: signing key; default: $GSFORGET_KEY, else `~/.config/gsforget/signing.key`.
         expires: days from now until which devices accept the package.
         encrypt_for: public fleet key that the payload is encrypted for.
-        data, out, trust_code, progress: as for `export_model`.
+        data, annotations, out, trust_code, progress: as for `export_model`.
 
     Returns:
         What `export_model` does; packages come first in ``artifacts``, of kind ``patch`` or ``full``, with their
@@ -85,7 +86,7 @@ def export_patch(
     step = None if full else find_step(folder, export.request, previous, precision)
     if step is not None and precision == "int8":
         export.follow(step)
-    export.find_data(Path(data) if data else None)
+    export.find_data(Path(data) if data else None, annotations)
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=place, ignore_cleanup_errors=True) as scratch:
         if not (full and precision == "int8" and export.take_int8(place, Path(scratch))):

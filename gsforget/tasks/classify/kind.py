@@ -19,7 +19,7 @@ from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.material import gather
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict
 from gsforget.models import create_timm
-from gsforget.request import Request, check_sample_mode
+from gsforget.request import Request, check_sample_mode, refuse_annotations
 from gsforget.requests.target import Target, resolve_target
 from gsforget.samples import SETTLE_STEPS, Answers, SampleResult, copies_in_test, judge, set_aside
 from gsforget.source import Source, from_timm
@@ -44,10 +44,21 @@ def open_study(source: Source, data: ImageFolder, request: Request, load: Load, 
     return ClassifyStudy(source, data, request, load, device)
 
 
+def find_folder(name: str) -> Path | None:
+    """See `gsforget.tasks.base.Kind`: what is no folder is a model of timm."""
+    del name
+    return None
+
+
 def open_data(
-    root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+    root: Path,
+    names: list[str] | None,
+    optional: Collection[str] = (),
+    never_seen: Collection[str] = (),
+    annotations: str | None = None,
 ) -> ImageFolder:
     """See `gsforget.tasks.base.Kind`."""
+    refuse_annotations(annotations)
     return scan(root, names, optional, True, never_seen)
 
 

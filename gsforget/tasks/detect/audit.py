@@ -13,15 +13,14 @@ import numpy as np
 from gsforget.audit.checks import Check, of_gate, unknown
 from gsforget.audit.folder import FolderAudit
 from gsforget.export.device.detections import Found, describe
-from gsforget.lineage import read_request
+from gsforget.lineage import annotations_of, read_request
 from gsforget.predict import pick_device
 from gsforget.request import Request
-from gsforget.source import Source
+from gsforget.source import Source, load_source
 from gsforget.tasks.detect.coco import SceneFolder
 from gsforget.tasks.detect.evidence import Figures, measured
-from gsforget.tasks.detect.kind import DetectStudy
+from gsforget.tasks.detect.kind import DetectStudy, open_data
 from gsforget.tasks.detect.losses import found_by
-from gsforget.tasks.detect.opening import open_detector
 from gsforget.training import Settings
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ NOT_TESTED = (
 def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure a run or model folder of the task detect, judge it, and write audit.json and report.html.
 
-    The annotations are those of the run, else in `annotations` under the data folder, see `coco`.
+    The annotations are those asked for, else those of the run, else in `annotations` under the data folder, see `coco`.
 
     Returns:
         The document as `gsforget audit` has it, erased kinds under their own names; `shown` hides them.
@@ -55,13 +54,14 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
     Raises:
         RequestError: arguments or data do not fit.
     """
-    del devices
     start = time.perf_counter()
     assert ask.target is not None
-    where = read_request(ask.target).get("annotations")
-    subject, scenes, load = open_detector(ask.target, ask.data, where)
+    subject = load_source(str(ask.target))
+    where = annotations_of(read_request(ask.target), ask.data, ask.annotations)
+    scenes = open_data(ask.data, subject.names, annotations=where)
     case = FolderAudit(ask, subject, NOTHING, start)
     say("looking at the test images")
+    load = devices.loader(subject.config.to_json())
     studies = [_study(s, scenes, load, ask) for s in case.sides]
     seen = [study.look() for study in studies]
     say("judging")

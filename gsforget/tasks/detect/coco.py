@@ -45,20 +45,26 @@ class Scene:
 
 @dataclass(frozen=True)
 class AnnotatedSplit:
-    """The scenes of a split, in the order of its file; `dropped`: annotations without an area, which COCO has a few of."""
+    """The scenes of a split, in the order of its file.
+
+    Attributes:
+        categories: class indices in the order of the category ids.
+        dropped: annotations without an area, which COCO has a few of.
+    """
 
     annotations: Path
     scenes: list[Scene]
     sha256: str
+    categories: tuple[int, ...]
     dropped: int = 0
 
 
 @dataclass(frozen=True)
 class SceneFolder:
-    """Annotated scenes to learn from and to measure on; `names` are the model's class names in index order."""
+    """Annotated scenes to learn from and to measure on; `class_names` are the model's in index order."""
 
     root: Path
-    names: list[str]
+    class_names: list[str]
     train: AnnotatedSplit
     test: AnnotatedSplit
 
@@ -177,7 +183,8 @@ def _read_split(root: Path, path: Path, names: Sequence[str]) -> AnnotatedSplit:
         raise RequestError(f"{path} lists no images.", LAYOUT, "no_images")
     kept = sum(len(scene.kinds) for scene in scenes)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return AnnotatedSplit(path, scenes, digest, len(content["annotations"]) - kept)
+    categories = tuple(kinds[number] for number in sorted(kinds))
+    return AnnotatedSplit(path, scenes, digest, categories, len(content["annotations"]) - kept)
 
 
 def _class_of(categories: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> dict[int, int]:

@@ -20,14 +20,15 @@ from gsforget.request import Request, refuse
 from gsforget.tasks.base import Load, Measured, Plan, Seen
 from gsforget.tasks.detect.coco import Scene, SceneFolder, category_names, open_scenes
 from gsforget.tasks.detect.evidence import Figures, check_plausible, measured
-from gsforget.tasks.detect.families import family_of
-from gsforget.tasks.detect.losses import Detection, Targets, feed_forward_of
-from gsforget.tasks.detect.models import build_detector, reader
+from gsforget.tasks.detect.families import family_of, is_detector
+from gsforget.tasks.detect.losses import Detection, feed_forward_of, targets_of
+from gsforget.tasks.detect.models import HUB, build_detector, fetch_detector, reader
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.audit.case import Ask, Devices
+    from gsforget.folder import ModelConfig
     from gsforget.source import Source
     from gsforget.training import Trained
 
@@ -47,23 +48,34 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
 
 
 def open_data(
-    root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+    root: Path,
+    names: list[str] | None,
+    optional: Collection[str] = (),
+    never_seen: Collection[str] = (),
+    annotations: str | None = None,
 ) -> SceneFolder:
-    """See `gsforget.tasks.base.Kind`; annotations are where `open_scenes` looks for them by itself."""
+    """See `gsforget.tasks.base.Kind`; `optional` and `never_seen` are of folders of images, and scenes have none."""
     del optional, never_seen
-    return open_scenes(root, None, names if names is not None else category_names(root, None))
+    return open_scenes(root, annotations, names if names is not None else category_names(root, annotations))
+
+
+def find_folder(name: str) -> Path:
+    """See `gsforget.tasks.base.Kind`: a detector is a folder, or is downloaded into one.  Raises RequestError ``no_model``."""
+    if name.startswith(HUB):
+        return fetch_detector(name)
+    raise RequestError(
+        f"There is no folder {name}.",
+        f"Give --model a folder that transformers wrote, a run folder, or {HUB}NAME to download a detector.",
+        "no_model",
+    )
 
 
 def open_source(
     name: str, names: list[str], checkpoint: Path | None, model_kwargs: dict[str, Any], given: dict[str, Any]
 ) -> Source:
-    """See `gsforget.tasks.base.Kind`: detectors come from folders, see `opening`."""
+    """See `gsforget.tasks.base.Kind`: never reached, for `find_folder` knows them all or raises RequestError."""
     del names, checkpoint, model_kwargs, given
-    raise RequestError(
-        f"{name} is no folder of a detector.",
-        "Give --model a folder that transformers wrote, or a run folder.",
-        "no_model",
-    )
+    raise AssertionError(f"{find_folder(name)} is a folder")
 
 
 def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
@@ -82,6 +94,7 @@ class DetectStudy:
 
     def __init__(self, source: Source, data: SceneFolder, request: Request, load: Load, device: torch.device):
         check_options(request)
+        check_detector(source.config)
         self.source, self.request, self.device, self.root = source, request, device, data.root
         self.family = family_of(source.config)
         prepare = Preprocess.from_dict(source.config.to_json())
@@ -203,17 +216,12 @@ class DetectStudy:
         learn, val = (
             torch.from_numpy(part) for part in split_validation(forget.numpy().astype(np.int64), seed=self.seed)
         )
-        kinds, boxes = [], []
-        for scene in self.scenes:
-            there = ~scene.crowd
-            kinds.append(torch.from_numpy(scene.kinds[there]))
-            boxes.append(torch.from_numpy(centred(scene.boxes[there], scene.frame)))
         task = Detection(
             self.source.model,
             self.family,
             tuple(self.forget),
             tuple(self.erased),
-            Targets(kinds, boxes),
+            targets_of(self.scenes),
             self.scenes,
             settings.bnd,
             self.request.method,
@@ -243,6 +251,22 @@ class DetectStudy:
         return replace(found, in_request={"annotations": self.annotations})
 
 
+def check_detector(config: ModelConfig) -> None:
+    """Refuse what is no detector of transformers, and what would cut off a part of its images."""
+    if not is_detector(config):
+        raise RequestError(
+            f"{config.architecture} is no detector that gsforget knows how to build.",
+            "Save it first, model.save_pretrained(FOLDER), and give the folder.",
+            "no_model",
+        )
+    refuse(
+        {"--crop-pct": config.crop_pct != 1},
+        "{} would cut off a part of each image, whose boxes are annotated on the whole of it.",
+        "Leave out {}.",
+        "not_for_detection",
+    )
+
+
 def check_options(request: Request) -> None:
     """Refuse what is about classifiers alone.  Raises RequestError ``not_for_detection``."""
     asked = {
@@ -258,13 +282,6 @@ def check_options(request: Request) -> None:
         "Leave out {}; name the kinds with --classes.",
         "not_for_detection",
     )
-
-
-def centred(boxes: np.ndarray, frame: tuple[float, float]) -> np.ndarray:
-    """Left, top, width, height in pixels -> centre, width, height as shares of the frame, float32 [n, 4]."""
-    shares = boxes / np.array([*frame, *frame], np.float32)
-    shares[:, :2] += shares[:, 2:] / 2
-    return shares.astype(np.float32)
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:

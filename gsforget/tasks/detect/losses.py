@@ -62,6 +62,20 @@ class Targets:
         return found
 
 
+def targets_of(scenes: Sequence[Scene]) -> Targets:
+    """What a detector is to find on scenes; crowds are not learned from."""
+    kept = [~s.crowd for s in scenes]
+    kinds = [torch.from_numpy(s.kinds[k]) for s, k in zip(scenes, kept)]
+    return Targets(kinds, [torch.from_numpy(centred(s.boxes[k], s.frame)) for s, k in zip(scenes, kept)])
+
+
+def centred(boxes: np.ndarray, frame: tuple[float, float]) -> np.ndarray:
+    """Left, top, width, height in pixels -> centre, width, height as shares of the frame, float32 [n, 4]."""
+    shares = boxes / np.array([*frame, *frame], np.float32)
+    shares[:, :2] += shares[:, 2:] / 2
+    return shares.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Detection:
     """One request.

@@ -42,7 +42,7 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
     assert ask.target is not None
     case = FolderAudit(ask, load_source(str(ask.target), trust_code=ask.trust_code), NOBODY)
     subject, forget, old, retained = case.subject, case.forget, case.old, case.retained
-    data = open_data(ask.data, subject.names, list(subject.erased.values()), ask.never_seen)
+    data = open_data(ask.data, subject.names, list(subject.erased.values()), ask.never_seen, ask.annotations)
     strange = strangers(data, subject.names, ask.never_seen)
     say("embedding the test images")
     sides = [_embedded(s, data, strange, ask, devices) for s in case.sides]

@@ -10,12 +10,18 @@ import numpy as np
 from gsforget.data import ImageFolder, Split, scan
 from gsforget.errors import RequestError
 from gsforget.export.device.infer import find_images
+from gsforget.request import refuse_annotations
 
 
 def open_data(
-    root: Path, names: list[str] | None, optional: Collection[str] = (), never_seen: Collection[str] = ()
+    root: Path,
+    names: list[str] | None,
+    optional: Collection[str] = (),
+    never_seen: Collection[str] = (),
+    annotations: str | None = None,
 ) -> ImageFolder:
     """See `gsforget.tasks.base.Kind`; `never_seen` are left out, and so are all whom only the test folder holds."""
+    refuse_annotations(annotations)
     trained = _folders(root / "train")
     renamed = {f"forgotten-{i}" for i in range(len(names or []))}
     new = [n for n in _test_folders(root) if n not in trained and n not in (names or []) and n not in renamed]

@@ -23,7 +23,7 @@ from gsforget.request import Request, refuse
 from gsforget.requests.images import find_rows
 from gsforget.requests.target import Target, resolve_target
 from gsforget.tasks.base import Load, Measured, Plan, Seen
-from gsforget.tasks.classify.kind import ClassifyStudy
+from gsforget.tasks.classify.kind import ClassifyStudy, find_folder
 from gsforget.tasks.face import model as models
 from gsforget.tasks.face.data import open_data, stranger_images, strangers
 from gsforget.tasks.face.evidence import GALLERY, FaceFigures, OpenSet, People, open_set
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gsforget.source import Source
     from gsforget.training import Trained
 
-__all__ = ["audit", "build", "networks", "open_data", "open_source", "open_study"]
+__all__ = ["audit", "build", "find_folder", "networks", "open_data", "open_source", "open_study"]
 
 networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gsforget.errors import RequestError
+from gsforget.lineage import annotations_of
 from gsforget.tasks.detect.coco import open_scenes
 
 KINDS = ["red", "green", "blue", "white"]
@@ -148,3 +149,14 @@ def test_absent_images_and_files_that_are_no_json(data):
     (data / "annotations" / "train.json").write_text("{")
     with pytest.raises(RequestError, match="not a readable JSON"):
         open_scenes(data, None, KINDS)
+
+
+def test_a_run_remembers_its_annotations_for_its_own_images_alone(data, tmp_path):
+    noted = data / "annotations"
+    request = {"data": str(data), "annotations": f"{noted / 'train.json'},{noted / 'test.json'}"}
+    assert annotations_of(request, data, None) == request["annotations"]
+    assert annotations_of(request, data, "others") == "others"
+    assert annotations_of(request, tmp_path, None) is None
+    (noted / "test.json").unlink()
+    assert annotations_of(request, data, None) is None
+    assert annotations_of({}, data, None) is None

@@ -94,7 +94,7 @@ def test_a_detector_that_finds_nothing(refuse, data, names):
     ("args", "named"),
     [
         (("--never-seen", "green"), "--never-seen"),
-        (("--mean", "0.5"), "--preprocessing"),
+        (("--crop-pct", "0.9"), "--crop-pct"),
         (("--sample-mode",), "--sample"),
     ],
 )
@@ -103,14 +103,18 @@ def test_what_is_about_classifiers_alone(refuse, data, names, args, named):
 
 
 def test_a_classifier_is_no_detector(refuse, data, world):
-    refuse(data, "not_a_detector", "vit_tiny", "--classes", "red", model=world.model)
+    refuse(data, "other_task", "is of the task classify", "--classes", "red", model=world.model)
+
+
+def test_a_detector_is_no_model_of_timm(refuse, data):
+    refuse(data, "no_model", "There is no folder vit_tiny", "--classes", "red", model="vit_tiny")
 
 
 def test_annotations_are_for_detection_alone(refuse, world):
     refuse(
         world.data,
         "not_for_detection",
-        "--annotations",
+        "--annotations is about object detection",
         "--classes",
         "ant",
         "--annotations",
