@@ -16,7 +16,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [row for row in rows(content) if any(row.h)]
-    probed = [row for row in shown if row.worst["linear_probe_excess"] and row.h[-1]]
+    probed = [row for row in shown if row.worst.get("linear_probe_excess") and row.h[-1]]
     figure = Figure(figsize=(11, 4.6 + 0.1 * max(0, len(shown) - 10)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if probed else 1, squeeze=False)[0]

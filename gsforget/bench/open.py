@@ -36,6 +36,7 @@ def run_bench(
     out: str | Path = "bench",
     again: Sequence[str] = (),
     skip_corrupt: bool = False,
+    annotations: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure ways to forget side by side; what is stored in `out` already is not measured again.
@@ -50,6 +51,7 @@ def run_bench(
         epochs: passes over the retained images that a method may make at most.
         never_seen: model folders of models trained without a request's classes, one per request or one for all.
         again: methods to measure anew.
+        annotations: of a detector, as for `forget`.  Its methods are gsforget's own, without trials and references.
 
     Returns:
         ``rows`` (see `table.Row`), ``setting``, ``failed``, ``published`` figures of a recipe, ``artifacts``.
@@ -66,6 +68,7 @@ def run_bench(
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import read_config
     from gsforget.predict import pick_device
+    from gsforget.request import refuse_annotations
 
     say = progress or (lambda _text: None)
     named = [name for m in methods for name in (method_names() if m == "all" else [m])]
@@ -100,6 +103,33 @@ def run_bench(
         raise RequestError(
             f"Classes were forgotten from {folder} already.", "Start from the original model.", "not_the_original"
         )
+    if recipe and (recipe.task == "detect") != (config.task == "detect"):
+        raise RequestError(
+            f"The recipe {recipe.name} is for models of the task {recipe.task}; that in {folder} is of {config.task}.",
+            "Name another model, or another recipe of gsforget bench --list.",
+            "other_task",
+        )
+    if config.task == "detect":
+        from gsforget.bench.detectors import open_bench
+
+        _refuse_for_detectors(missing, never_seen, relearn, None if recipe else layout)
+        of_detector = open_bench(
+            folder,
+            Path(data),
+            protocol,
+            recipe,
+            seeds=seeds,
+            shots=shots,
+            annotations=annotations,
+            class_names=class_names,
+            out=Path(out),
+            device=device,
+            skip_corrupt=skip_corrupt,
+            say=say,
+        )
+        content, changed = of_detector.run(chosen, again)
+        return {**write(content, Path(out), recipe), "older_code": changed}
+    refuse_annotations(annotations)
     images = _open_data(Path(data), layout, names or config.class_names)
     prepare = Preprocess.from_dict(config.to_json())
     train, test = (ImageSet(split, prepare.load, skip_corrupt) for split in (images.train, images.test))
@@ -133,9 +163,21 @@ def write(content: dict[str, Any], out: Path, recipe: Recipe | None = None) -> d
         "rows": [row.to_json() for row in found],
         "failed": [f"{row.method}: {text}" for row in found for text in row.failed],
         "published": {"recipe": recipe.name, "figure": recipe.figure, **recipe.published} if recipe else None,
+        "published_earlier": recipe.earlier if recipe else {},
         "table": {"columns": table.headings(content), "rows": [table.cells_of(row, content) for row in found]},
         "artifacts": [str(out / name) for name in (BENCH, TABLE, CSV, FIGURE)],
     }
+
+
+def _refuse_for_detectors(missing: int, never_seen: Sequence[str | Path], relearn: bool, layout: str | None) -> None:
+    from gsforget.request import refuse
+
+    refuse(
+        {"--missing": missing, "--reference": never_seen, "--relearn": relearn, "--layout": layout},
+        "{} is about classifiers, and the model is a detector.",
+        "Leave out {}.",
+        "not_for_detection",
+    )
 
 
 def _open_data(root: Path, layout: str | None, names: list[str] | None) -> Any:

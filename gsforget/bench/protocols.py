@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gsforget.errors import RequestError
@@ -54,12 +55,18 @@ def class_order(num_classes: int, seed: int = ORDER_SEED) -> list[int]:
 
 
 def make_protocol(
-    name: str, num_classes: int, shots: int | None = None, missing: int = 0, order_seed: int = ORDER_SEED
+    name: str,
+    num_classes: int,
+    shots: int | None = None,
+    missing: int = 0,
+    order_seed: int = ORDER_SEED,
+    order: Sequence[int] | None = None,
 ) -> Protocol:
     """Read X-Y for a model of `num_classes` classes.
 
     Args:
         missing: how many of the classes that are never forgotten have no training images; from the start of the order.
+        order: of the classes, in place of the published one.
 
     Raises RequestError: kind ``unknown_protocol`` where the name is none or does not fit.
     """
@@ -77,7 +84,7 @@ def make_protocol(
             f"From all of them, steps of {each} must lead to {left} and leave some: for example {example}.",
             "unknown_protocol",
         )
-    order = class_order(num_classes, order_seed)
+    order = class_order(num_classes, order_seed) if order is None else list(order)
     ends = [num_classes - k * each for k in range(steps + 2)]
     requests = tuple(tuple(order[low:high]) for high, low in itertools.pairwise(ends))
     kept = order[: ends[-1]]

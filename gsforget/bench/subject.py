@@ -46,10 +46,10 @@ def start_folder(
     """
     from gsforget.source import load_source
 
-    if task not in (None, "classify", "face"):
+    if checkpoint is not None and task not in (None, "classify", "face"):
         raise RequestError(
-            f"A bench compares answers of one class an image, which a model of the task {task} does not give.",
-            "Type --task classify or --task face.",
+            f"A model of the task {task} is not given by its name and a checkpoint.",
+            "Give its folder, or type --task classify or --task face.",
             "not_a_classifier",
         )
     if checkpoint is None:

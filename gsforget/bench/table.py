@@ -26,6 +26,13 @@ COLUMNS = (
     ("mia_auc", "MIA AUC", True, 2),
     ("relearn_steps", "relearn steps", False, 0),
 )
+OF_DETECTORS = (
+    ("forget_ap_after", "forget AP", True, 1),
+    ("old_ap_after", "earlier AP", True, 1),
+    ("forget_ap50_after", "forget AP50", True, 1),
+    ("old_ap50_after", "earlier AP50", True, 1),
+    ("retain_ap_after", "retain AP", False, 1),
+)
 
 
 class Spread(NamedTuple):
@@ -47,7 +54,7 @@ class Row:
 
     Attributes:
         h: of each request, None where no seed got so far.
-        worst: of each of `COLUMNS`: per seed the worst request, over seeds a spread.
+        worst: of each of `columns_of`: per seed the worst request, over seeds a spread.
         seconds: of all requests of a seed; changed: share of the parameters that a seed's requests changed at most.
         seeds: how many are whole; failed: what went wrong; checks: names of the audit's checks that failed somewhere.
         verdict: "pass", "fail", "inconclusive" (nothing to compare with), "failed" or "unfinished".
@@ -74,11 +81,16 @@ def rows(content: dict[str, Any]) -> list[Row]:
     cells: dict[str, Cell] = content["cells"]
     count = len(content["setting"]["requests"])
     names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in cells))
-    made = [_row(name, cells, count) for name in names]
+    made = [_row(name, cells, count, columns_of(content)) for name in names]
     return sorted(made, key=lambda r: (bool(r.control), r.h[-1] is None, -(r.h[-1].median if r.h[-1] else 0.0)))
 
 
-def _row(name: str, cells: dict[str, Cell], count: int) -> Row:
+def columns_of(content: dict[str, Any]) -> Sequence[tuple[str, str, bool, int]]:
+    """The columns of a bench, by the task of its model."""
+    return OF_DETECTORS if content["setting"].get("task") == "detect" else COLUMNS
+
+
+def _row(name: str, cells: dict[str, Cell], count: int, columns: Sequence[tuple[str, str, bool, int]]) -> Row:
     mine = {tuple(map(int, k.rsplit("/", 2)[1:])): c for k, c in cells.items() if k.rsplit("/", 2)[0] == name}
     seeds = sorted({seed for seed, _ in mine})
     good = {place: c for place, c in mine.items() if "failed" not in c}
@@ -95,7 +107,7 @@ def _row(name: str, cells: dict[str, Cell], count: int) -> Row:
         else next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
     )
     worst = {}
-    for key, _, bad, _ in COLUMNS:
+    for key, _, bad, _ in columns:
         found = [[c[key] for c in chain if c[key] is not None] for chain in whole]
         worst[key] = spread([max(f) if bad else min(f) for f in found if f])
     return Row(
@@ -137,7 +149,7 @@ def cells_of(row: Row, content: dict[str, Any]) -> list[str]:
 def _used(content: dict[str, Any]) -> list[tuple[str, str, bool, int]]:
     """The columns in which any cell has a figure."""
     there = [c for c in content["cells"].values() if "failed" not in c]
-    return [column for column in COLUMNS if any(c[column[0]] is not None for c in there)]
+    return [column for column in columns_of(content) if any(c[column[0]] is not None for c in there)]
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -146,9 +158,14 @@ def markdown(content: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(cells_of(row, content)) + " |" for row in rows(content)]
     failed = [f"- {row.method}: {text}" for row in rows(content) for text in row.failed]
+    budget = (
+        f"at most {setting['trials']} settings tried and {setting['epochs']} passes over the retained images for each method"
+        if "trials" in setting
+        else "AP by a COCO evaluator, nothing masked; H on AP"
+    )
     told = (
-        f"Protocol {setting['protocol']}; at most {setting['trials']} settings tried and {setting['epochs']} passes over the "
-        "retained images for each method. Medians over seeds (smallest to largest); the worst request counts, H is of each."
+        f"Protocol {setting['protocol']}; {budget}. Medians over seeds (smallest to largest); the worst request counts, H is "
+        "of each."
     )
     return "\n".join([told, "", *lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gsforget.cli.options import Device, DeviceOption, JsonOption, parse_kwargs, parse_list
+from gsforget.cli.options import AnnotationsOption, Device, DeviceOption, JsonOption, parse_kwargs, parse_list
 from gsforget.cli.output import emit_json, next_command, say, table
 
 Opt = typer.Option
@@ -25,6 +25,7 @@ def bench(
     seeds: Annotated[int, Opt(min=1, help="Seeds, from 0 on.")] = 3,
     trials: Annotated[int, Opt(min=1, max=8, help="Settings each method may try on the first request.")] = 8,
     epochs: Annotated[int, Opt(min=1, help="Passes over the retained images a method may make at most.")] = 20,
+    annotations: AnnotationsOption = None,
     shots: Annotated[int | None, Opt(min=1, help="Training images per class; default: all.")] = None,
     missing: Annotated[int, Opt(min=0, help="Retained classes without training images.")] = 0,
     task: Annotated[
@@ -87,6 +88,7 @@ def bench(
         out=out,
         again=parse_list(again, "--again"),
         skip_corrupt=skip_corrupt,
+        annotations=annotations,
         progress=lambda text: say(f"{text} …", "dim"),
     )
     _show(document, out)
@@ -101,14 +103,21 @@ def _show(document: dict[str, Any], out: Path) -> None:
         say(f"Failed: {text}", "red")
     if document["published"]:
         known = {k: v for k, v in document["published"].items() if isinstance(v, tuple)}
-        figures = "; ".join(f"{k} {', '.join('-' if x is None else f'{x:g}' for x in v)}" for k, v in known.items())
-        say(f"Published {document['published']['figure']} of {document['published']['recipe']}: {figures}.")
+        named = f"{document['published']['figure']} of {document['published']['recipe']}"
+        say(f"Published {named}: {_listed(known, ', ')}." if known else f"No figures are published for {named}.")
+    if document["published_earlier"]:
+        say(f"Published AP of kinds forgotten earlier: {_listed(document['published_earlier'], ', ')}.")
     if document["older_code"]:
         names = ",".join(document["older_code"])
         say(f"Measured by older code of the same method: {names}; --again {names} measures them anew.", "yellow")
     if not any(row["verdict"] in ("pass", "fail") for row in document["rows"]):
         say("Without --reference, models trained without the classes, the audit stays inconclusive.")
     next_command(f"open {out / 'bench.png'}, {out / 'bench.md'}")
+
+
+def _listed(figures: dict[str, Any], between: str) -> str:
+    """Figures by method, one per request."""
+    return "; ".join(f"{k} {between.join('-' if x is None else f'{x:g}' for x in v)}" for k, v in figures.items())
 
 
 def _list(as_json: bool) -> None:
@@ -137,7 +146,8 @@ def _list(as_json: bool) -> None:
                         *([f"{r.missing} missing"] if r.missing else []),
                     ]
                 ),
-                "; ".join(f"{k} {'/'.join('-' if x is None else f'{x:g}' for x in v)}" for k, v in r.published.items()),
+                _listed(r.published, "/")
+                + (f"; AP left of earlier kinds: {_listed(r.earlier, '/')}" if r.earlier else ""),
             )
             for r in RECIPES
         ],

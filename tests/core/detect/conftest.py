@@ -100,6 +100,19 @@ def save_detector(model, folder: Path, processor: dict) -> Path:
 
 
 @pytest.fixture(scope="session")
+def detector_of(tmp_path_factory):
+    """detector_of(names): the folder of an RT-DETR with random weights that knows kinds of these names."""
+
+    def make(names: list[str]) -> Path:
+        torch.manual_seed(0)
+        return save_detector(
+            _shaken(rt_detr(names=names)), tmp_path_factory.mktemp("named") / "rt_detr", PROCESSORS["rt_detr"]
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def unselective(tmp_path_factory) -> Path:
     """An RT-DETR with random weights whose queries are all places: rounding cannot choose others."""
     torch.manual_seed(0)
