@@ -17,7 +17,7 @@ from gsforget.export.device.files import write_file as write_file
 from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -204,6 +204,19 @@ def load_model(folder: Path, trust_code: bool = False) -> tuple[nn.Module, Model
     model = build_model(config, trust_code)
     apply_weights(model, read_weights(folder / WEIGHTS, as_saved=True), folder / WEIGHTS)
     return model, config
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder under the names that they have in the model, which is where erasures change them.
+
+    Raises RequestError, SafetyError as `checkpoint.read_weights`.
+    """
+    from gsforget.checkpoint import read_weights
+    from gsforget.tasks.detect.families import is_transformers_folder
+
+    if is_transformers_folder(folder):  # as in `load_model`
+        return load_model(folder)[0].state_dict()
+    return read_weights(folder / WEIGHTS, as_saved=True)
 
 
 def save_model(state: dict[str, Any], config: ModelConfig, folder: Path) -> None:

@@ -69,7 +69,7 @@ def infer(
             "no_images",
         )
     if not images or watch is not None:
-        _watch(model, Path(str(watch)), top, device)
+        _watch(model, Path(str(watch)), top, device, min_score)
         return
     paths = find_images(images)
     opened = load(model, device, trust_code)
@@ -110,11 +110,11 @@ def infer(
         next_command(f"{again} --json > predictions.json")
 
 
-def _watch(model: Path, folder: Path, top: int, device: str) -> None:
+def _watch(model: Path, folder: Path, top: int, device: str, min_score: float) -> None:
     from gsforget.export.device.source import Source
     from gsforget.export.device.watch import Watcher, watch
 
-    watcher = Watcher(Source(model, device), folder, top)
+    watcher = Watcher(Source(model, device), folder, top, min_score=min_score)
     sequence = watcher.slot.current.info.sequence
     say(f"Sequence {sequence} answers what arrives in {folder} (Ctrl-C ends it).")
     say(f"Lines go to {watcher.predictions}.")
@@ -177,5 +177,6 @@ def load(model: Path, device: str, trust_code: bool) -> Opened:
 def _row(image: dict[str, Any]) -> tuple[str, str, str, str]:
     if "error" in image:
         return image["path"], "-", "", image["error"]["message"]
-    first, *others = [(t["class"], f"{100 * t['score']:.1f} %") for t in image["top"]] or [("-", "")]
+    listed = image["detections"] if "detections" in image else image["top"]
+    first, *others = [(t["class"], f"{100 * t['score']:.1f} %") for t in listed] or [("-", "")]
     return image["path"], *first, ", ".join(" ".join(other) for other in others)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.factors import to_bfloat16
-from gsforget.folder import WEIGHTS, is_model_folder, read_config, sha256
+from gsforget.folder import WEIGHTS, is_model_folder, read_config, read_state, sha256
 from gsforget.lineage import ancestors
 from gsforget.purged import day, find_purged
 
@@ -58,9 +58,7 @@ def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainIn
         RequestError: another precision; weights beyond its range.
         SafetyError: the factors do not lead to the run's own weights.
     """
-    from gsforget.checkpoint import read_weights
-
-    own = read_weights(folder / WEIGHTS, as_saved=True)
+    own = read_state(folder)
     position = read_config(folder).sequence
     if precision == "fp32":
         return own, ChainInfo(position, 0, True)
@@ -69,7 +67,7 @@ def weights_at(folder: Path, precision: str) -> tuple[dict[str, Tensor], ChainIn
             f"There are no weights at precision {precision!r}.", "Type --precision fp32, fp16 or bf16.", "bad_precision"
         )
     base, steps, reason = _walk_back(folder)
-    first = own if base == folder else read_weights(base / WEIGHTS, as_saved=True)
+    first = own if base == folder else read_state(base)
     state = {n: round_to(t, n, precision) for n, t in first.items()}
     for run in steps:
         state = _replay(state, run, precision)

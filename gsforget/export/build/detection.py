@@ -9,7 +9,9 @@ and `labels` [N, M].  Nothing is masked in the file: a forgotten kind must not b
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +54,8 @@ def traced(model: nn.Module) -> nn.Module:
     family = family_named(model.config.model_type)
 
     def forward(self: Any, images: Tensor) -> tuple[Tensor, ...]:
-        output = type(model).forward(self, images)
+        with _symbolic_length(type(model).__module__):
+            output = type(model).forward(self, images)
         logits, boxes = output.logits, output.pred_boxes
         width = logits.shape[-1] - (family.scoring == "softmax")
         x, y, w, h = boxes.unbind(-1)
@@ -71,6 +74,20 @@ def traced(model: nn.Module) -> nn.Module:
     view = copy.copy(model)
     view.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
     return view
+
+
+@contextmanager
+def _symbolic_length(module: str) -> Iterator[None]:
+    """`len` of a tensor, as transformers asks for the batch in RT-DETR, is a plain number, and would freeze the batch of an
+    exported file; within the module of the detector it is the tensor's own, symbolic one."""
+    import torch
+
+    space = vars(sys.modules[module])
+    space["len"] = lambda value: value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+    try:
+        yield
+    finally:
+        space.pop("len", None)
 
 
 class TorchDetector:

@@ -18,6 +18,7 @@ from gsforget.export.build.kinds import Comparison, find_kind
 from gsforget.export.build.place import Repository, find_place
 from gsforget.folder import WEIGHTS, ModelConfig, load_model, sha256
 from gsforget.lineage import annotations_of
+from gsforget.request import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -176,6 +177,7 @@ class Export:
         self.config: ModelConfig
         self.model, self.config = load_model(folder, trust_code)
         self.kind = find_kind(self.config.task)
+        self._check_outputs(with_features)
         of_state = "fp32" if precision in CALIBRATED else precision
         state, chain = weights_at(folder, of_state)
         self.chain: ChainInfo = chain
@@ -193,6 +195,17 @@ class Export:
             self.not_tested.append(
                 f"rounding is replayed from erasure {chain.base}, not from the original model: {chain.reason}"
             )
+
+    def _check_outputs(self, with_features: bool) -> None:
+        if not self.kind.MORE:  # one output, read as features or logits are
+            return
+        asked = {"--with-features": with_features, f"--precision {self.precision}": self.precision in CALIBRATED}
+        refuse(
+            asked,
+            f"{{}} is made for models with one output, and {self.folder} holds a model of the task {self.config.task}.",
+            "Leave out {}; the run folder can be audited, and --precision fp16 or bf16 halves the file.",
+            "several_outputs",
+        )
 
     def _info(self, chain_id: str, features: str | None) -> ArtifactInfo:
         from gsforget.export.device.metadata import ArtifactInfo

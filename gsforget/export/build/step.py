@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.build.chain import DELTA, LEDGER
 from gsforget.export.build.previous import Previous, find_previous
-from gsforget.folder import WEIGHTS
+from gsforget.folder import WEIGHTS, read_state
 from gsforget.purged import day, find_purged
 
 if TYPE_CHECKING:
@@ -82,12 +82,11 @@ def _check_delta(folder: Path, before: Previous, delta: dict[str, GridFactors]) 
     """The factors must lead from the parent's weights to the run's, bit for bit, and nothing else may have changed."""
     import torch
 
-    from gsforget.checkpoint import read_weights
     from gsforget.lora.grid import merge
 
     if before.folder is None:
         return
-    was, now = (read_weights(f / WEIGHTS, as_saved=True) for f in (before.folder, folder))
+    was, now = (read_state(f) for f in (before.folder, folder))
     for name, tensor in now.items():
         wanted: Tensor | None = was.get(name)
         if wanted is not None and name in delta:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gsforget.errors import GsforgetError
-from gsforget.export.device.infer import rank
+from gsforget.export.device.answering import Wish, answer, narrowed, size_of
 from gsforget.export.device.preprocess import Preprocess
 from gsforget.export.device.slot import Lease, Slot
 
@@ -30,16 +30,16 @@ class Picture:
 
 @dataclass
 class Answer:
-    """The ranked classes of an image, and a lease of the model that gave them, for whoever answers to release."""
+    """What a model says of an image, see `answering`, and a lease of that model, for whoever answers to release."""
 
-    top: list[dict[str, Any]]
+    said: dict[str, Any]
     lease: Lease
 
 
 @dataclass
 class _Job:
     picture: Picture
-    top: int
+    wish: Wish
     preprocess: Preprocess
     pixels: np.ndarray
     done: Future[Answer] = field(default_factory=Future)
@@ -65,14 +65,14 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="gsforget-infer", daemon=True)
         self._thread.start()
 
-    def answer(self, pictures: Sequence[Picture], top: int) -> list[Answer]:
+    def answer(self, pictures: Sequence[Picture], wish: Wish) -> list[Answer]:
         """Answer images in their order, all by one model; the caller releases the leases.
 
         Raises RequestError for an image that cannot be read, and what a closed slot raises.
         """
         preprocess = self.slot.current.info.preprocess
         while True:
-            jobs = [_Job(p, top, preprocess, preprocess.decode(p.data, p.name)) for p in pictures]
+            jobs = [_Job(p, wish, preprocess, preprocess.decode(p.data, p.name)) for p in pictures]
             with self._changed:
                 if self._stopped:
                     raise GsforgetError("The server is stopping.", "Ask again when it has started.", "stopping")
@@ -81,8 +81,8 @@ class Batcher:
             answers, failed = self._collect(jobs)
             if failed is None and len({id(a.lease.predictor) for a in answers}) <= 1:
                 return answers
-            for answer in answers:
-                answer.lease.release()
+            for one in answers:
+                one.lease.release()
             if failed is not None:
                 raise failed
 
@@ -112,10 +112,13 @@ class Batcher:
         try:
             with self.slot.take() as lease:
                 info = lease.predictor.info
-                logits = lease.predictor.predict(np.stack([job.fit(info.preprocess) for job in jobs]))
-                names, most = [job.picture.name for job in jobs], max(job.top for job in jobs)
-                ranked = rank(logits, names, info.forgotten, info.class_names, most)
-                answers = [Answer(best[: job.top], lease.again()) for job, best in zip(jobs, ranked, strict=True)]
+                pixels = np.stack([job.fit(info.preprocess) for job in jobs])
+                names, sizes = [job.picture.name for job in jobs], [size_of(job.picture.data) for job in jobs]
+                most = Wish(max(job.wish.top for job in jobs), min(job.wish.min_score for job in jobs))
+                given = answer(lease.predictor, pixels, names, sizes, most)
+                answers = [
+                    Answer(narrowed(said, job.wish), lease.again()) for job, said in zip(jobs, given, strict=True)
+                ]
         except BaseException as error:
             if len(jobs) == 1:
                 jobs[0].done.set_exception(error)
@@ -123,5 +126,5 @@ class Batcher:
                 for job in jobs:
                     self._run([job])
             return
-        for job, answer in zip(jobs, answers, strict=True):
-            job.done.set_result(answer)
+        for job, one in zip(jobs, answers, strict=True):
+            job.done.set_result(one)

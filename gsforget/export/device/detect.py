@@ -56,18 +56,13 @@ def detect(
         draw.mkdir(parents=True, exist_ok=True)
     names, images = list(class_names), []
     for files, batch in batches(preprocess, paths, batch_size, skip_corrupt, on_skip):
-        given = predictor.outputs(batch)
-        scoring = scoring_of(given["logits"], len(names))
-        found = select(given["logits"], given["query_boxes"], scoring, given["scores"].shape[1], forgotten)
-        for n, file in enumerate(files):
+        sizes = []
+        for file in files:
             with Image.open(file, formats=FORMATS) as image:
-                size = image.size
-            boxes = found.boxes[n] * padding(preprocess, size)
-            one = type(found)(found.scores[n : n + 1], found.kinds[n : n + 1], boxes[None])
-            entry: dict[str, Any] = {
-                "path": str(file),
-                "detections": describe(one, 0, size, names, min_score, forgotten),
-            }
+                sizes.append(image.size)
+        listed = find_objects(predictor.outputs(batch), sizes, preprocess, forgotten, names, min_score)
+        for file, objects in zip(files, listed, strict=True):
+            entry: dict[str, Any] = {"path": str(file), "detections": objects}
             if draw is not None:
                 place = _free(draw, file.stem)
                 draw_boxes(file, entry["detections"], names).save(place)
@@ -76,6 +71,32 @@ def detect(
     if not images:
         raise RequestError("No image could be read.", "Name other images.", "no_images")
     return {"images": images}
+
+
+def find_objects(
+    given: dict[str, np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    preprocess: Preprocess,
+    forgotten: Collection[int],
+    class_names: Sequence[str],
+    min_score: float,
+) -> list[list[dict[str, Any]]]:
+    """The objects on each image of a batch, best first, as `detect` returns them.
+
+    Args:
+        given: outputs of an exported detector, by name; sizes: width and height of each image file in pixels.
+
+    Raises RequestError for outputs that do not fit ``class_names`` or are not finite.
+    """
+    names = list(class_names)
+    scoring = scoring_of(given["logits"], len(names))
+    found = select(given["logits"], given["query_boxes"], scoring, given["scores"].shape[1], forgotten)
+    listed = []
+    for n, size in enumerate(sizes):
+        boxes = found.boxes[n] * padding(preprocess, size)
+        one = type(found)(found.scores[n : n + 1], found.kinds[n : n + 1], boxes[None])
+        listed.append(describe(one, 0, size, names, min_score, forgotten))
+    return listed
 
 
 def scoring_of(logits: np.ndarray, classes: int) -> str:

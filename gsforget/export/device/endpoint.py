@@ -2,7 +2,8 @@
 
     GET  /health    ready or not, which model and for how long
     GET  /model     what the model says of itself
-    POST /infer     one image as the body, several as multipart/form-data, or {"images": [base64, …]}; ?top=5
+    POST /infer     one image as the body, several as multipart/form-data, or {"images": [base64, …]}; ?top=5,
+                    of a detector ?min_score=0.3
     POST /patches   a signed package, applied to the device folder
 
 An error is ``{"error": {"kind", "message", "hint"}}`` with a status that says whose fault it was.
@@ -26,8 +27,10 @@ from typing import Any, BinaryIO
 from urllib.parse import parse_qs
 
 from gsforget.errors import GsforgetError, RequestError, SafetyError
+from gsforget.export.device.answering import Wish
 from gsforget.export.device.apply import apply
 from gsforget.export.device.batcher import Answer, Batcher, Picture
+from gsforget.export.device.detect import MIN_SCORE
 from gsforget.export.device.runtime import Predictor
 from gsforget.export.device.slot import Slot, describe
 from gsforget.export.device.source import Source
@@ -119,12 +122,12 @@ class Endpoint:
         return 200, {**describe(predictor), "info": predictor.info.to_json()}
 
     def _infer(self, environ: dict[str, Any], leases: list[Answer]) -> tuple[int, dict[str, Any]]:
-        top = _top(environ.get("QUERY_STRING", ""))
+        wish = _wish(environ.get("QUERY_STRING", ""))
         pictures = read_pictures(environ.get("CONTENT_TYPE", ""), _read(environ, IMAGES_LIMIT))
-        leases += self.batcher.answer(pictures, top)
+        leases += self.batcher.answer(pictures, wish)
         with self._counting:
             self.answered += len(leases)
-        images = [{"path": p.name, "top": a.top} for p, a in zip(pictures, leases, strict=True)]
+        images = [{"path": p.name, **a.said} for p, a in zip(pictures, leases, strict=True)]
         return 200, {"images": images, **describe(leases[0].lease.predictor)}
 
     def _patch(self, environ: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -255,11 +258,16 @@ def _from_json(body: bytes) -> list[Picture]:
         ) from error
 
 
-def _top(query: str) -> int:
-    text = parse_qs(query).get("top", ["5"])[-1]
+def _wish(query: str) -> Wish:
+    asked = parse_qs(query)
+    text, score = asked.get("top", ["5"])[-1], asked.get("min_score", [str(MIN_SCORE)])[-1]
     if not re.fullmatch("[1-9][0-9]{0,5}", text):
         raise RequestError(f"top={text!r} is no number of classes.", "For example /infer?top=5.", "bad_top")
-    return int(text)
+    if not re.fullmatch(r"0|1|(0?\.[0-9]{1,6})|1\.0+", score):
+        raise RequestError(
+            f"min_score={score!r} is no score from 0 to 1.", "For example /infer?min_score=0.3.", "bad_score"
+        )
+    return Wish(int(text), float(score))
 
 
 def _read(environ: dict[str, Any], limit: int) -> bytes:

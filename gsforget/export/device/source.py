@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gsforget.errors import GsforgetError, RequestError, SafetyError
+from gsforget.export.device.answering import SERVED
 from gsforget.export.device.apply import open_device
 from gsforget.export.device.lock import answering
 from gsforget.export.device.runtime import Predictor, open_model
@@ -36,9 +37,9 @@ class Source:
         """The newest model, after finishing what was begun.  Raises as ``open_device`` and ``open_model`` do."""
         self._seen = self._mark()
         found = open_device(self.path, self.device) if self.is_folder else open_model(self.path, self.device)
-        if found.info.task != "classify":
+        if found.info.task not in SERVED:
             raise RequestError(
-                f"{self.path} is a model of the task {found.info.task}, and servers answer for classifiers.",
+                f"{self.path} is a model of the task {found.info.task}, and servers answer for classifiers and detectors.",
                 f"Type gsforget infer {self.path} IMAGE.",
                 "not_served",
             )

@@ -1,8 +1,8 @@
 """`gsforget infer MODEL --watch FOLDER`: each image that arrives in a folder is answered once, a line per image.
 
 Lines go to `FOLDER/predictions.jsonl`: ``{"path", "bytes", "modified", "top": [{"class", "score"}], "model_id",
-"sequence"}``, or ``error`` in place of ``top`` for a file that is no image.  The file is also the memory: after a restart,
-what it names is not answered again, and an image that was replaced by another is.
+"sequence"}``; of a detector ``detections`` (see `detect`) in place of ``top``, and ``error`` for a file that is no image.  The
+file is also the memory: after a restart, what it names is not answered again, and an image that was replaced by another is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from gsforget.errors import RequestError
-from gsforget.export.device.infer import SUFFIXES, rank
+from gsforget.export.device.answering import Wish, answer, size_of
+from gsforget.export.device.detect import MIN_SCORE
+from gsforget.export.device.infer import SUFFIXES
 from gsforget.export.device.slot import Slot
 from gsforget.export.device.source import Source
 
@@ -42,15 +44,23 @@ class Watcher:
         source: where the model comes from; a device folder's is replaced between two batches when a package was applied, and
             `apply` reports that only after the batch in flight has ended.
         folder: searched with all in it; hidden files and folders are left out, so that an upload may begin as one.
-        top: how many classes per image, at most.
+        top: how many classes per image, at most; min_score: of detectors, the lowest score, 0 to 1.
         batch_size: images in one run of the model.
 
     Raises RequestError for a folder that is absent, cannot be written to, or whose `predictions.jsonl` is not ours; and as
     ``Source.load`` does.
     """
 
-    def __init__(self, source: Source, folder: str | Path, top: int = 5, batch_size: int = 8):
-        self.source, self.folder, self.top, self.batch_size = source, Path(folder), top, batch_size
+    def __init__(
+        self,
+        source: Source,
+        folder: str | Path,
+        top: int = 5,
+        batch_size: int = 8,
+        min_score: float = MIN_SCORE,
+    ):
+        self.source, self.folder, self.batch_size = source, Path(folder), batch_size
+        self.wish = Wish(top, min_score)
         self.predictions = self.folder / PREDICTIONS
         if not self.folder.is_dir():
             raise RequestError(f"There is no folder {folder}.", "Make it, or name another one.", "no_folder")
@@ -99,28 +109,30 @@ class Watcher:
         with self.slot.take() as lease:
             info = lease.predictor.info
             images, errors = self._load(batch, info.preprocess.load)
-            ranked: dict[str, Any] = {}
+            said: dict[str, dict[str, Any]] = {}
             if images:
-                logits = lease.predictor.predict(np.stack(list(images.values())))
-                names = [str(self.folder / path) for path in images]
-                ranked = dict(zip(images, rank(logits, names, info.forgotten, info.class_names, self.top), strict=True))
+                pixels, names = np.stack([i for i, _ in images.values()]), [str(self.folder / path) for path in images]
+                given = answer(lease.predictor, pixels, names, [size for _, size in images.values()], self.wish)
+                said = dict(zip(images, given, strict=True))
         lines = []
         for seen in batch:
-            if seen.path in ranked or seen.path in errors:
-                what = {"top": ranked[seen.path]} if seen.path in ranked else errors[seen.path].to_json()
+            if seen.path in said or seen.path in errors:
+                what = said[seen.path] if seen.path in said else errors[seen.path].to_json()
                 of = {"model_id": info.model_id, "sequence": info.sequence}
                 lines.append({"path": seen.path, "bytes": seen.bytes, "modified": seen.modified, **what, **of})
         return lines
 
     def _load(
         self, batch: list[Seen], load: Callable[[Path], np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], dict[str, RequestError]]:
-        """Images [C, H, W] and faults by path; a file that is gone by now has neither."""
-        images: dict[str, np.ndarray] = {}
+    ) -> tuple[dict[str, tuple[np.ndarray, tuple[int, int]]], dict[str, RequestError]]:
+        """Images [C, H, W] with the sizes of their files, and faults by path; a file that is gone by now has neither."""
+        images: dict[str, tuple[np.ndarray, tuple[int, int]]] = {}
         errors: dict[str, RequestError] = {}
         for seen in batch:
             try:
-                images[seen.path] = load(self.folder / seen.path)
+                images[seen.path] = load(self.folder / seen.path), size_of(self.folder / seen.path)
+            except FileNotFoundError:
+                continue
             except RequestError as error:
                 if (self.folder / seen.path).exists():
                     errors[seen.path] = error

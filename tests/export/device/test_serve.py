@@ -18,6 +18,7 @@ from PIL import Image
 
 from gsforget.errors import GsforgetError, RequestError, SafetyError
 from gsforget.export.device import endpoint, serve
+from gsforget.export.device.answering import Wish
 from gsforget.export.device.apply import apply
 from gsforget.export.device.endpoint import read_pictures
 from gsforget.export.device.handover import SERVE, hand_over
@@ -337,4 +338,4 @@ def test_a_request_after_the_end_is_refused(start, device):
     with pytest.raises(ConnectionRefusedError):
         ask(server.url, "GET", "/health")
     with pytest.raises(GsforgetError):
-        server.endpoint.batcher.answer([endpoint.Picture("a", picture())], 1)
+        server.endpoint.batcher.answer([endpoint.Picture("a", picture())], Wish(1))
