@@ -320,7 +320,7 @@ def audit_model(
         annotations,
     )
     say = progress or (lambda _text: None)
-    of_task = _audit_of_task(ask)
+    of_task = _audit_of_task(ask, _Devices())
     if of_task is not None:
         found = of_task(_Devices(), Path(out) if out else None, say)
         if show:
@@ -338,8 +338,8 @@ def audit_model(
     return shown(document)
 
 
-def _audit_of_task(ask: Ask) -> Callable[..., dict[str, Any]] | None:
-    """The audit of a folder whose task is not classification; None for everything else, exported files included."""
+def _audit_of_task(ask: Ask, devices: _Devices) -> Callable[..., dict[str, Any]] | None:
+    """The audit of a folder or an exported file whose task is not classification; None for everything else."""
     from dataclasses import replace
 
     from gsforget.folder import is_model_folder, read_config
@@ -347,9 +347,10 @@ def _audit_of_task(ask: Ask) -> Callable[..., dict[str, Any]] | None:
     from gsforget.tasks import find_task
 
     target = ask.target or newest_run()
-    if not is_model_folder(target):
-        return None
-    task = read_config(target).task
+    if target.is_file():
+        task = devices.task(target)
+    else:
+        task = read_config(target).task if is_model_folder(target) else "classify"
     if task == "classify":
         return None
     audit = find_task(task).audit
@@ -367,6 +368,13 @@ class _Devices:
 
         prepare = Preprocess.from_dict(preprocessing)
         return self._loads.setdefault(repr(prepare), prepare.load)
+
+    def task(self, path: Path) -> str:
+        """Of an exported file, as its sidecar says; one without is taken for a classifier."""
+        from gsforget.export.device.metadata import read_sidecar
+
+        told = (read_sidecar(path) or {}).get("model") or {}
+        return str(told.get("task", "classify"))
 
     def open(self, path: Path, device: str, foreign: dict[str, Any] | None) -> tuple[Any, Any]:
         from gsforget.export.device.runtime import open_model

@@ -149,7 +149,7 @@ class _Opening:
                 "no_model",
             )
         is_file = not target.is_dir()
-        run = _run_of(target)
+        run = run_of(target)
         request = read_request(run) if run else {}
         if run:
             ledger.verify(run)
@@ -339,7 +339,7 @@ def open_reference(folder: Path, classes: int, trust_code: bool = False) -> Sour
     return source
 
 
-def _run_of(target: Path) -> Path | None:
+def run_of(target: Path) -> Path | None:
     """The run folder that a target is, or whose artifact it is; None for others.  Raises RequestError for neither."""
     if target.is_dir():
         is_run = (target / REQUEST).is_file() or (target / ledger.LEDGER).is_file()

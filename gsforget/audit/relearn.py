@@ -108,7 +108,7 @@ def relearn(
     """
     if mode not in ("head", "full", "retain"):
         raise ValueError(f"mode must be head, full or retain, not {mode!r}")
-    batches = _batches(rows.cpu(), batch_size, seed)
+    batches = endless_batches(rows.cpu(), batch_size, seed)
     subject = copy.deepcopy(model).eval()
     device = next(subject.parameters()).device
     head = subject.get_submodule(classifier)
@@ -133,7 +133,7 @@ def relearn(
     rate = lr if lr is not None else (HEAD_LR if mode == "head" else FULL_LR)
     first = _measured(evaluate, subject)  # the model as it is; then what no attacker would leave in place is mended
     _mend(head)
-    return _train(trained, loss, batches, lambda: _measured(evaluate, subject), first, steps, every, rate, until)
+    return fine_tune(trained, loss, batches, lambda: _measured(evaluate, subject), first, steps, every, rate, until)
 
 
 def relearn_head(
@@ -173,8 +173,8 @@ def relearn_head(
 
     first = right()
     _mend(head)
-    batches = _batches(torch.arange(len(features)), batch_size, seed)
-    return _train(list(head.parameters()), loss, batches, right, first, steps, every, lr, until)
+    batches = endless_batches(torch.arange(len(features)), batch_size, seed)
+    return fine_tune(list(head.parameters()), loss, batches, right, first, steps, every, lr, until)
 
 
 def interpolation(
@@ -210,7 +210,7 @@ def _between(before: Tensor, after: Tensor, t: float) -> Tensor:
     return before + t * (after.to(before.device) - before)
 
 
-def _train(
+def fine_tune(
     parameters: list[nn.Parameter],
     loss: Callable[[Tensor], Tensor],
     batches: Iterator[Tensor],
@@ -221,6 +221,12 @@ def _train(
     lr: float,
     until: float | None,
 ) -> Curve:
+    """Train parameters by AdamW, as every attack here does, and measure on the way.
+
+    Args:
+        loss: of a batch of row numbers, from `batches`; measure: percent, after some of the steps; first: before any.
+        steps, every, until: as for `relearn`.
+    """
     if steps < 1:
         raise ValueError(f"relearning needs at least one step, got {steps}")
     when = set(range(0, steps, every)) if isinstance(every, int) else set(every)
@@ -248,7 +254,7 @@ def _measured(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float
     return value
 
 
-def _batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+def endless_batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Batches of row numbers for ever: seeded permutations, one after the other."""
     if not len(rows):
         raise ValueError("there are no images to relearn from")

@@ -138,6 +138,7 @@ def _of_detectors(
         ("average-precision", "What is still found", detections.average_precision(audit)),
         ("every-query", "What the top of the list hides", detections.every_query(audit)),
         ("checks", "The checks", tables.checks(audit)),
+        ("relearning", "How easily it is learned again", details.relearning(audit)),
         ("examples", "Boxes before and after", pictures.section(shown)),
         ("requests", "Requests, and where the model changed", details.requests(history)),
         ("not-tested", "What was not tested", facts.not_tested(audit)),

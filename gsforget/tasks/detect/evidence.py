@@ -28,9 +28,9 @@ PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
 SHOWN = 0.3  # score from which a detection counts in the picture of answers
 LEAST_AP50 = 5.0  # of the model before, over all kinds, below which the request is refused
 NOT_TESTED = (
-    f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: features of detectors are not probed; what is shown is that the detector "
-    "no longer finds the forgotten kinds, not that nothing of them is left in its features",
-    "relearning: how fast the forgotten kinds come back when somebody trains the detector on them",
+    f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: shown is that the detector no longer finds the forgotten kinds, not that "
+    "nothing of them is left in its features; gsforget audit --tier standard probes these, without membership",
+    "relearning, how fast the forgotten kinds come back when somebody trains the detector on them: gsforget audit --tier full",
 )
 
 

@@ -139,13 +139,15 @@ def detectors(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
+def draw_scene(
+    rng: np.random.Generator, kinds: tuple[int, ...] = (0, 1, 2, 3)
+) -> tuple[np.ndarray, list[tuple[int, list[int]]]]:
     """Two or three squares of different colours on a dark canvas: uint8 [SIDE, SIDE, 3], kinds and boxes."""
     image = rng.integers(0, 60, (SIDE, SIDE, 3)).astype(np.uint8)
     found: list[tuple[int, list[int]]] = []
     corners = [(0, 0), (0, 16), (16, 0), (16, 16)]
     for place in rng.permutation(4)[: int(rng.integers(2, 4))]:
-        kind, side = int(rng.integers(4)), int(rng.integers(8, 14))
+        kind, side = kinds[int(rng.integers(len(kinds)))], int(rng.integers(8, 14))
         x, y = (
             corners[place][0] + int(rng.integers(0, 16 - side + 1)),
             corners[place][1] + int(rng.integers(0, 16 - side + 1)),
@@ -184,13 +186,23 @@ def squares(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A tiny RT-DETR that finds most squares, as a folder of transformers."""
+    return _trained(tmp_path_factory.mktemp("trained") / "detector")
+
+
+@pytest.fixture(scope="session")
+def never_seen(tmp_path_factory) -> Path:
+    """The same, trained on scenes without red squares."""
+    return _trained(tmp_path_factory.mktemp("never-seen") / "detector", (1, 2, 3))
+
+
+def _trained(folder: Path, seen: tuple[int, ...] = (0, 1, 2, 3)) -> Path:
     torch.manual_seed(0)
     model = rt_detr(24, 8, KINDS).train()
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     steps = 160
     for step in range(steps):
         rng = np.random.default_rng([7, step])
-        scenes = [draw_scene(rng) for _ in range(16)]
+        scenes = [draw_scene(rng, seen) for _ in range(16)]
         pixels = torch.from_numpy(np.stack([i for i, _ in scenes]).transpose(0, 3, 1, 2).astype(np.float32) / 255)
         labels = []
         for _, found in scenes:
@@ -203,4 +215,4 @@ def trained(tmp_path_factory) -> Path:
         model(pixel_values=pixels, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-    return save_detector(model.eval(), tmp_path_factory.mktemp("trained") / "detector", PROCESSORS["rt_detr"])
+    return save_detector(model.eval(), folder, PROCESSORS["rt_detr"])

@@ -51,7 +51,8 @@ def test_the_documents_say_what_was_measured(chain):
     assert {g["name"] for g in d["gates"]} == {"forget_ap50", "retain_ap_drop", "class_ap_drop"}
     assert "old_ap50" in {g["name"] for g in second.document["gates"]}
     assert d["detection"]["detections"]["of_forgotten_kinds"]["after"] == 0
-    assert any("features" in note for note in d["not_tested"])
+    assert any("--tier standard" in note for note in d["not_tested"])
+    assert d["audit"]["linear_probe"] is None
     assert read_config(second.folder).forgotten == (0, 2)
     assert read_config(second.folder).class_names == ["forgotten-0", "green", "forgotten-2", "white"]
 
@@ -70,6 +71,31 @@ def test_an_audit_shows_ap_per_kind_and_boxes_and_no_erased_name(chain, squares,
         assert part in page
 
 
+def test_probes_and_relearning_stand_beside_a_detector_that_never_saw_the_kind(
+    chain, squares, trained, never_seen, tmp_path
+):
+    first, _ = chain
+    options = {"tier": "full", "reference": never_seen, "out": tmp_path}
+    document = gsforget.audit_model(first.folder, squares, **options)
+    checks = {c["name"]: c for c in document["checks"]}
+    for name in ("prototype_attack", "five_shot"):
+        assert all(0 <= checks[name][who] <= 100 for who in ("value", "original", "reference")), checks[name]
+    assert document["details"]["linear_probe"]["original"] > 50
+    assert checks["linear_probe_excess"]["says"].count("objects") == 1
+    relearning = document["details"]["relearning"]
+    assert relearning["full"]["original"][0] > 30
+    assert relearning["full_own_head"]["subject"][0] < 5
+    assert max(v for v in relearning["full_own_head"]["subject"] if v is not None) > 20
+    assert checks["relearn_full"]["original"] == 0
+    assert document["reference"] == {"kind": "model", "path": str(never_seen)}
+    assert document["sha256"]["reference"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Relearning with all weights" in page
+    assert not any(
+        "relearning" in note or ("probe" in note and "layers" not in note) for note in document["not_tested"]
+    )
+
+
 def test_the_exported_file_and_infer(chain, squares, tmp_path):
     from gsforget.export.device.detect import detect
     from gsforget.export.device.runtime import open_model
@@ -82,6 +108,10 @@ def test_the_exported_file_and_infer(chain, squares, tmp_path):
     model = open_model(artifact["path"])
     paths = sorted((squares / "test").glob("*.png"))[:12]
     info = model.info
+    audited = gsforget.audit_model(artifact["path"], squares, original=second.folder, out=tmp_path / "audit")
+    assert (audited["kind"], audited["verdict"]) == ("onnx", "inconclusive")  # of the original nothing was shown to it
+    assert {c["name"] for c in audited["checks"] if c["verdict"] == "pass"} == {"forget_ap50"}
+    assert (tmp_path / "audit" / "audit.json").is_file()
     for least in (0.0, 0.3):
         found = detect(model, info.preprocess, info.forgotten, info.class_names, paths, least, draw=tmp_path / "drawn")
         kinds = {e["class"] for image in found["images"] for e in image["detections"]}
@@ -93,6 +123,14 @@ def test_the_exported_file_and_infer(chain, squares, tmp_path):
     assert given["boxes"].shape == (12, 8, 4)
     assert (np.diff(given["scores"], axis=1) <= 0).all()
     assert not np.isin(given["labels"][given["scores"] > 0.3], info.forgotten).any()
+
+
+def test_halves_are_rounded_from_the_original_in_its_own_folder(chain, squares, tmp_path):
+    """Its file has other names than the model in memory, under which erasures are noted."""
+    first, _ = chain
+    made = gsforget.export_model(first.folder, onnx=True, precision="fp16", data=squares, out=tmp_path)
+    assert made["artifacts"][0]["parity"]["forget_acc"] <= 1
+    assert made["chain"]["complete"]
 
 
 def test_a_patch_carries_the_second_erasure_to_a_device(chain, squares, tmp_path):
