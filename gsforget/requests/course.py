@@ -16,6 +16,7 @@ from gsforget.errors import GsforgetError, RequestError
 from gsforget.request import Request, check_request
 from gsforget.requests.file import Entry
 from gsforget.requests.target import Target, resolve_target
+from gsforget.tasks import find_task
 
 if TYPE_CHECKING:
     from gsforget.forgetting import Outcome
@@ -123,7 +124,7 @@ def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder)
     Raises:
         RequestError: naming file, entry and what to change; ``duplicate_request`` and ``contradiction`` between entries.
     """
-    names = source.names
+    names, task = source.names, find_task(source.config.task)
     asked: dict[int, str] = {}
     kept: dict[int, str] = {}
     images: dict[str, str] = {}
@@ -132,6 +133,7 @@ def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder)
         with _named(entry):
             request = entry.request(base)
             check_request(request)
+            task.check_request(request)
             target = resolve_target(request, names, source.erased, data, source.erased_images)
             retain = _retained(entry, names, source)
             _refuse_double(target, asked, images, names, data)

@@ -314,6 +314,11 @@ class Kind(Protocol):
         ...
 
     @staticmethod
+    def check_request(request: Request) -> None:
+        """Refuse what makes no sense for the task, before any image is read.  Raises RequestError."""
+        ...
+
+    @staticmethod
     def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
         """The bare model of a config.json, with untrained weights, in eval mode.  Raises RequestError."""
         ...

@@ -44,6 +44,11 @@ def open_study(source: Source, data: ImageFolder, request: Request, load: Load, 
     return ClassifyStudy(source, data, request, load, device)
 
 
+def check_request(request: Request) -> None:
+    """See `gsforget.tasks.base.Kind`: whatever can be asked is about classifiers."""
+    del request
+
+
 def find_folder(name: str) -> Path | None:
     """See `gsforget.tasks.base.Kind`: what is no folder is a model of timm."""
     del name

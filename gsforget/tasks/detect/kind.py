@@ -93,7 +93,7 @@ class DetectStudy:
     """See `gsforget.tasks.base.Study`."""
 
     def __init__(self, source: Source, data: SceneFolder, request: Request, load: Load, device: torch.device):
-        check_options(request)
+        check_request(request)
         check_detector(source.config)
         self.source, self.request, self.device, self.root = source, request, device, data.root
         self.family = family_of(source.config)
@@ -267,19 +267,22 @@ def check_detector(config: ModelConfig) -> None:
     )
 
 
-def check_options(request: Request) -> None:
-    """Refuse what is about classifiers alone.  Raises RequestError ``not_for_detection``."""
-    asked = {
-        "--images": request.images,
-        "--sample-mode": request.sample_mode,
-        "--reference": request.reference,
-        "--never-seen": request.never_seen,
-        "--max-probe-excess": request.thresholds.max_probe_excess is not None,
-    }
+def check_request(request: Request) -> None:
+    """See `gsforget.tasks.base.Kind`.  Raises RequestError ``not_for_detection``."""
     refuse(
-        asked,
-        "{} is about whole images, and a detector forgets kinds of objects.",
-        "Leave out {}; name the kinds with --classes.",
+        {"--images": request.images, "--sample-mode": request.sample_mode},
+        "{} lists whole images, which show objects of several kinds, and a detector forgets kinds of objects.",
+        "Name the kinds: --classes A,B, or classes: [A, B] in a request file.",
+        "not_for_detection",
+    )
+    refuse(
+        {
+            "--reference": request.reference,
+            "--never-seen": request.never_seen,
+            "--max-probe-excess": request.thresholds.max_probe_excess is not None,
+        },
+        "{} is about features, which are not looked at while a detector forgets.",
+        "Leave out {}, and compare afterwards: gsforget audit RUN --data DIR --tier standard --reference FOLDER.",
         "not_for_detection",
     )
 

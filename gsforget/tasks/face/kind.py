@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gsforget.source import Source
     from gsforget.training import Trained
 
-__all__ = ["audit", "build", "find_folder", "networks", "open_data", "open_source", "open_study"]
+__all__ = ["audit", "build", "check_request", "find_folder", "networks", "open_data", "open_source", "open_study"]
 
 networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
@@ -48,6 +48,26 @@ NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verificatio
 def open_study(source: Source, data: ImageFolder, request: Request, load: Load, device: torch.device) -> FaceStudy:
     """See `gsforget.tasks.base.Kind`."""
     return FaceStudy(source, data, request, load, device)
+
+
+def check_request(request: Request) -> None:
+    """See `gsforget.tasks.base.Kind`."""
+    if request.sample_mode:
+        raise RequestError(
+            "Single images of a person cannot be forgotten while the person is kept.",
+            "Leave out --sample-mode: the person on the listed images is forgotten.",
+            "face_sample",
+        )
+    refused = {
+        "--reference": request.reference,
+        "--max-probe-excess": request.thresholds.max_probe_excess is not None,
+    }
+    refuse(
+        refused,
+        "{} is about classifiers; people are compared with people whom the model never saw.",
+        "Leave out {}; give --never-seen A,B.",
+        "face_reference",
+    )
 
 
 def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
@@ -79,23 +99,8 @@ class FaceStudy(ClassifyStudy):
 
     def _resolve(self, request: Request) -> Target:
         """People, by name or by a few of their images: whoever is on a listed image is forgotten altogether."""
-        if request.sample_mode:
-            raise RequestError(
-                "Single images of a person cannot be forgotten while the person is kept.",
-                "Leave out --sample-mode: the person on the listed images is forgotten.",
-                "face_sample",
-            )
+        check_request(request)
         source = self.source
-        refused = {
-            "--reference": request.reference,
-            "--max-probe-excess": request.thresholds.max_probe_excess is not None,
-        }
-        refuse(
-            refused,
-            "{} is about classifiers; people are compared with people whom the model never saw.",
-            "Leave out {}; give --never-seen A,B.",
-            "face_reference",
-        )
         if request.images is None:
             return resolve_target(request, source.names, source.erased, self.data)
         if any(name.strip() for name in request.classes):

@@ -139,3 +139,48 @@ def test_infer_with_a_model_folder(cli, names, data, tmp_path):
     assert {e["class"] for e in image["detections"]} <= {"red", "green", "blue", "white"}
     assert all(0 <= edge <= 32 for e in image["detections"] for edge in e["box"])
     assert (tmp_path / image["drawn"]).is_file()
+
+
+def written(folder, text):
+    folder.mkdir()
+    (folder / "list.txt").write_text("train/000.png\n")
+    (folder / "requests.yaml").write_text(text)
+    return folder / "requests.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "named"),
+    [
+        (
+            "- {id: A, classes: [red]}\n- {id: B, images: list.txt}\n",
+            "not_for_detection",
+            "entry 2 (B): --images lists whole",
+        ),
+        ("- {id: A, classes: [red]}\n- {id: B, classes: [red]}\n", "duplicate_request", "entry 1 (A)"),
+        ("- {classes: [red], retain: [blue]}\n- {classes: [blue]}\n", "contradiction", "'blue'"),
+        ("- {classes: [red]}\n- {classes: [mauve]}\n", "unknown_class", "entry 2"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused_before_the_first_runs(refuse, data, names, tmp_path, text, kind, named):
+    refuse(data, kind, named, "--request", written(tmp_path / "requests", text), model=names)
+
+
+def outside(content):
+    content["annotations"][0]["bbox"] = [20, 20, 30, 5]
+
+
+def no_image(content):
+    content["images"][3]["file_name"] = "gone.png"
+
+
+def unknown_id(content):
+    content["annotations"][0]["category_id"] = 77
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "named"),
+    [(outside, "bad_box", "outside"), (no_image, "missing_image", "gone.png"), (unknown_id, "unknown_category", "77")],
+)
+def test_bad_annotations_as_typed(refuse, data, names, change, kind, named):
+    edit(data, "test", change)
+    refuse(data, kind, named, "--classes", "red", model=names)
