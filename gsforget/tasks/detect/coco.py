@@ -160,12 +160,18 @@ def _read_split(root: Path, path: Path, names: Sequence[str]) -> AnnotatedSplit:
     try:
         kinds = _class_of(content["categories"], names, path)
         images = {int(image["id"]): image for image in content["images"]}
+        for what, key, entries in (
+            ("image", "id", "images"),
+            ("image", "file_name", "images"),
+            ("category", "id", "categories"),
+        ):
+            _check_unique([entry[key] for entry in content[entries]], f"{what} {key}", path)
         found: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
         for annotation in content["annotations"]:
             _check(annotation, images, kinds, path)
             found[int(annotation["image_id"])].append(annotation)
         scenes = [_scene(folder, image, found[number], kinds) for number, image in images.items()]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RequestError(
             f"{path} holds an entry that is not as COCO has it ({type(error).__name__}: {error}).",
             "Images need id, file_name, width and height; annotations id, image_id, category_id and bbox.",
@@ -208,6 +214,15 @@ def _class_of(categories: Sequence[dict[str, Any]], names: Sequence[str], path: 
     return found
 
 
+def _check_unique(values: Sequence[Any], what: str, path: Path) -> None:
+    """RequestError ``listed_twice``: annotations of the one would be taken for those of the other, or count twice."""
+    seen: set[Any] = set()
+    for value in values:
+        if value in seen:
+            raise RequestError(f"{path} lists the {what} {value} twice.", "Remove one of them.", "listed_twice")
+        seen.add(value)
+
+
 def _check(annotation: dict[str, Any], images: dict[int, Any], kinds: dict[int, int], path: Path) -> None:
     what = f"Annotation {annotation.get('id', '?')} of {path}"
     if int(annotation["image_id"]) not in images:
@@ -247,6 +262,6 @@ def _scene(folder: Path, image: dict[str, Any], annotations: list[dict[str, Any]
         (width, height),
         np.concatenate([corners[:, :2], sides], 1)[keep],
         np.array([kinds[int(a["category_id"])] for a in annotations], np.int64)[keep],
-        np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)[keep],
+        np.array([bool(int(a.get("iscrowd", 0))) for a in annotations], bool)[keep],
         (width, height),
     )

@@ -109,6 +109,34 @@ def no_images(c):
     del c["images"]
 
 
+def two_of_an_id(c):
+    c["images"][1]["id"] = c["images"][0]["id"]
+
+
+def one_file_twice(c):
+    c["images"][1]["file_name"] = c["images"][0]["file_name"]
+
+
+def two_kinds_of_an_id(c):
+    c["categories"][1]["id"] = c["categories"][0]["id"]
+
+
+def no_mapping(c):
+    c["annotations"][0] = "box"
+
+
+def endless(c):
+    c["images"][0]["width"] = float("inf")
+
+
+def no_number(c):
+    c["annotations"][0]["bbox"] = [float("nan"), 1, 2, 3]
+
+
+def crowd_in_words(c):
+    c["annotations"][0]["iscrowd"] = "no"
+
+
 @pytest.mark.parametrize(
     ("edit", "kind", "named"),
     [
@@ -120,6 +148,13 @@ def no_images(c):
         (unknown_name, "unknown_category", "'mauve'"),
         (no_box, "bad_annotations", "bbox"),
         (no_images, "bad_annotations", "images, annotations and categories"),
+        (two_of_an_id, "listed_twice", "image id 0"),
+        (one_file_twice, "listed_twice", "000.png"),
+        (two_kinds_of_an_id, "listed_twice", "category id 1"),
+        (no_mapping, "bad_annotations", "not as COCO has it"),
+        (endless, "bad_annotations", "not as COCO has it"),
+        (no_number, "bad_box", "nan"),
+        (crowd_in_words, "bad_annotations", "'no'"),
     ],
 )
 def test_one_sentence_for_what_does_not_fit(data, edit, kind, named):
