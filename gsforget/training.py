@@ -41,6 +41,7 @@ from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.rounds import Rounds
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
+from gsforget.there import there
 
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
@@ -239,8 +240,8 @@ class Loop:
         """One step; on a GPU the host queues it and goes on."""
         rows = self._draw_batch()
         try:
-            losses = self.objective.losses(self._see_to_train(rows), self._there(rows), self.stages.depth)
-        except RuntimeError:  # of a solver, say, that was given no numbers: then the loss says so first
+            losses = self.objective.losses(self._see_to_train(rows), rows, self.stages.depth)
+        except RuntimeError:  # of code that was given no numbers: then the loss of the step before says so first
             self._read_log()
             raise
         if self.log.every == 1:
@@ -283,8 +284,8 @@ class Loop:
         """As `_see`, by a CUDA graph where there is one."""
         if self.graphs.off is not None:
             return self._see(rows)
-        reuse, there = self.reuse, self._there(rows)
-        given = there if reuse is not None else self._images(rows)
+        reuse = self.reuse
+        given = there(rows, self.device) if reuse is not None else self._images(rows)
         leaves = [factor for pair in self.groups.pairs if pair.group in self.alive for factor in (pair.a, pair.b)]
         tensors = self.graphs.network(
             (tuple(self.alive), reuse is not None),
@@ -304,7 +305,7 @@ class Loop:
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
-        here = self._there(rows)
+        here = there(rows, self.device)
         self.rehearsal.run(lambda: duel.attack(self._see(rows), here), lambda: duel.defence(self._see(rows), here))
 
     def _remove(self, dead: list[int]) -> None:
@@ -348,13 +349,7 @@ class Loop:
             self.reuse.fill(count, self._images, self.eval_batch)
 
     def _images(self, rows: Tensor) -> Tensor:
-        return self._there(self.images.batch(rows))
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host on the device, without waiting for what the device has to do before."""
-        if self.device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return there(self.images.batch(rows), self.device)
 
     def _answers(self, images: Tensor) -> Tensor:
         """All that the losses look at, [B, …]: boxes depend on more of the network than logits do."""
@@ -391,7 +386,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        losses = self.objective.losses(self._see(rows), rows.to(self.device), self.stages.depth)
+        losses = self.objective.losses(self._see(rows), rows, self.stages.depth)
         self._check_finite(losses.total.item(), self.step)
         return losses
 

@@ -241,18 +241,21 @@ def test_a_loss_that_is_no_number_is_said_with_its_step_however_late_it_is_read(
         read_every(loop(three_blocks, prox=1e3), READ_EVERY).run()
 
 
-def test_a_step_asks_the_host_for_nothing(three_blocks):
-    """But at a reading.  The proximal step is the kernel; on a GPU a task that selects by masks waits as well, see docs."""
-    run, asked = read_every(loop(three_blocks, method="gs-lora"), READ_EVERY), []
+@pytest.mark.parametrize("method", ["gs-lora", "gs-lora++"])
+def test_a_step_asks_the_host_for_nothing(three_blocks, method):
+    """But at a reading.  The proximal step is the kernel; that the losses ask for nothing, see `test_there`."""
+    run, asked = read_every(loop(three_blocks, method=method), READ_EVERY), []
     run.objective = run.task.objective(run.seen_of(torch.arange(160)), run.labels, run.forget, run.known)
     counter = torch.zeros(3, dtype=torch.int64)
     run.control = control.StrengthControl(1e-4, 1, counter)
     run.adam = ProximalAdam(run.groups.lengths, run.groups.weights, backend="interpret", programs=1)
     run.step = control.WARMUP
 
+    waits = ("_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors")
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            if function.overloadpacket.__name__ in waits:
                 asked.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
