@@ -271,12 +271,31 @@ def test_what_does_not_fit_is_said():
         "not torch.float32 like": lambda: lora_ffn(x.float(), first, last),
         "not wholly on": lambda: lora_ffn(x, first._replace(weight=first.weight.to("meta")), last),
         "3 first layers": lambda: lora_ffn(x, [first] * 3, last),
+        "input is torch.int64": lambda: lora_ffn(x.long(), first, last),
+        "input is torch.float64 \\[\\]": lambda: lora_ffn(x[0, 0], first, last),
     }
     for words, call in cases.items():
         with pytest.raises(RequestError, match=words) as told:
             call()
         assert told.value.kind == "kernel_input"
         assert told.value.hint
+
+
+def test_rows_that_lie_more_than_two_to_the_31_elements_apart():
+    """Of a tensor that is never filled: only the rows in use take memory."""
+    rows, width = 40, 16
+    try:
+        store = torch.empty(2**31 + 2**27, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the machine promises no 4 GB")
+    x, firsts, last, _ = network(18, rows, width, 24, 16, (4, 4), False)
+    far = store.as_strided((rows, width), (len(store) // rows // 16 * 16, 1))
+    assert far.stride(0) * (rows - 1) > 2**31
+    far.copy_(x)
+    here = [Layer(*(t.half() for t in layer)) for layer in (firsts[0], last)]
+    for backend in ("torch", "interpret"):
+        near = lora_ffn(far.clone(memory_format=torch.contiguous_format), *here, backend=backend)
+        assert torch.equal(lora_ffn(far, *here, backend=backend), near)
 
 
 def test_the_nearest_measured_shape_decides():

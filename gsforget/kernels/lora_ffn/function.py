@@ -37,6 +37,8 @@ def lora_ffn(
     Raises:
         RequestError: kind ``kernel_input`` for shapes, devices or types that do not fit each other.
     """
+    if not x.ndim or not x.is_floating_point():
+        raise _unfit(f"the input is {x.dtype} {list(x.shape)}", "Give floating-point numbers [..., features].")
     layers = [Layer(*firsts)] if isinstance(firsts, Layer) else [Layer(*f) for f in firsts]
     layers.append(Layer(*last))
     x, layers = _as_autocast(x, layers)
