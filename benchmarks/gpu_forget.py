@@ -44,8 +44,8 @@ def forget(setting: Setting) -> Iterator[tuple[str, Callable[..., dict], tuple]]
     for autocast in (False, True):
         for batch in (1, 2) if setting.tiny else (1, 50):
             yield f"step/{'autocast' if autocast else 'float32'}/{batch}", measure_step, (batch, autocast)
-    for way in ("ours", "unfused"):
-        yield f"erase/{way}", measure_erase, (way == "ours",)
+    for way, fused, autocast in (("ours", True, False), ("ours_bfloat16", True, True), ("unfused", False, False)):
+        yield f"erase/{way}", measure_erase, (fused, autocast)
 
 
 def make_model(setting: Setting) -> nn.Module:
@@ -156,7 +156,7 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-def measure_erase(setting: Setting, fused: bool) -> dict:
+def measure_erase(setting: Setting, fused: bool, autocast: bool) -> dict:
     """A fifth of the classes from a model with random weights, evidence and files included; the second of two such runs.
 
     Every class is a pattern of its own with noise, and the classifier is fitted to the random features by least squares,
@@ -173,7 +173,12 @@ def measure_erase(setting: Setting, fused: bool) -> dict:
         for name in ("cold", "warm"):
             with contextlib.nullcontext() if fused else plain_torch():
                 outcome = gsforget.forget(
-                    model, data, wanted, settings=settings_of(setting), device=setting.device, runs=Path(work) / name
+                    model,
+                    data,
+                    wanted,
+                    settings=settings_of(setting, autocast),
+                    device=setting.device,
+                    runs=Path(work) / name,
                 )
             document = outcome.document
             found[name] = {
@@ -186,9 +191,9 @@ def measure_erase(setting: Setting, fused: bool) -> dict:
     return {"classes": classes, "forgotten": len(wanted), "images": sum(map(len, pictures.values())), **found}
 
 
-def settings_of(setting: Setting) -> Settings:
+def settings_of(setting: Setting, autocast: bool) -> Settings:
     """Those of a user; when tiny, a single pass over the images."""
-    return Settings(rank=4, epochs=1.0) if setting.tiny else Settings(rank=RANK)
+    return Settings(rank=4, epochs=1.0, autocast=autocast) if setting.tiny else Settings(rank=RANK, autocast=autocast)
 
 
 def make_images(setting: Setting, data: Path) -> dict[int, list[np.ndarray]]:

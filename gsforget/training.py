@@ -36,6 +36,7 @@ from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
+from gsforget.precision import in_bfloat16
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.rounds import Rounds
@@ -63,6 +64,8 @@ class Settings:
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
         cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
+        autocast: run the network in bfloat16 while training; losses, factors and the optimiser stay in float32, and what is
+            merged is measured in float32 as ever.
         cuda_graphs: replay a small batch's step on a GPU instead of launching it, where that can be done, see `graphs`.
     """
 
@@ -79,6 +82,7 @@ class Settings:
     reuse_prefix: bool = True
     retire_groups: bool = True
     cache_bytes: float | None = None
+    autocast: bool = False
     cuda_graphs: bool = True
 
 
@@ -137,6 +141,8 @@ class Loop:
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.read = task.reader(model, self.probe[:2])
+        if settings.autocast:
+            self.read = in_bfloat16(self.read, self.device)
         self.eval_batch = min(EVAL_BATCH, getattr(task, "batch", EVAL_BATCH))
         networks = task.networks(model, self.probe[:2])
         forms = find_forms(model, networks, self.probe[:2])

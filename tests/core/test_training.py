@@ -179,6 +179,20 @@ def test_a_deeper_stage_that_costs_retained_accuracy_is_undone(three_blocks, mon
     assert run.trained.watches[-1] == run.trained.watches[0]
 
 
+def test_in_bfloat16_it_forgets_as_well(three_blocks):
+    """The network runs in bfloat16, and nothing else: losses and features arrive in float32, and outputs are reused."""
+    run = loop(three_blocks, autocast=True)
+    seen = run.seen_of(torch.arange(4))
+    with torch.no_grad():
+        exact = three_blocks(run.images.pixels[:4])
+    assert {t.dtype for t in run._see(torch.arange(4)).tensors} == {torch.float32}
+    assert 1e-5 < (seen.outputs - exact).abs().max() < 0.1
+    assert run.run().chosen["reused_outputs"]
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert after[BEE] <= 1
+    assert min(after[:BEE] + after[BEE + 1 :]) >= 95
+
+
 def test_base_weights_are_bit_identical(done):
     run, before, _ = done
     after = run.model.state_dict()

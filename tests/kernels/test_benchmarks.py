@@ -186,7 +186,7 @@ def test_parts_need_nothing_that_a_rented_machine_lacks(name, backend, tmp_path)
     assert found
     assert all(c.get("passed", True) for c in found.values())
     if name == "forget":
-        for way in ("ours", "unfused"):
+        for way in ("ours", "ours_bfloat16", "unfused"):
             assert found[f"erase/{way}"]["warm"]["forget_acc_after"] <= 1
             assert found[f"erase/{way}"]["warm"]["seconds"]["total"] > 0
 
