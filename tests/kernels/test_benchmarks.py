@@ -115,6 +115,16 @@ def test_kept_memory_is_counted_as_it_is():
         assert ways.saved_bytes(step, p) == counted.kept_bytes(way, 18, 32, 64, 16, size=4), way
 
 
+def test_trying_it_leaves_nothing_among_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "TRIED", tmp_path / "tried")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(gpu.PARTS, "ffn", lambda setting: iter([("a", lambda *_: cell(197, 1.0, 2.0), ())]))
+    gpu.main(["--device", "cpu", "--tiny", "--part", "ffn", "--write-table"])
+    assert not (tmp_path / "results").exists()
+    assert (tmp_path / "tried" / "tables" / "cpu.json").is_file()
+    assert str(tmp_path / "tried") in capsys.readouterr().out
+
+
 def cells_of(out: Path, name: str) -> dict:
     return json.loads((out / "cpu-tiny" / f"{name}.json").read_text())["cells"]
 
