@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsforget.errors import RequestError
-from gsforget.kernels.lora_ffn import ACTIVATIONS, Layer, dispatch, lora_ffn, naive_lora_ffn
+from gsforget.kernels.lora_ffn import ACTIVATIONS, Layer, dispatch, lora_ffn, naive_lora_ffn, torch_path
 
 torch.set_num_threads(1)
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -242,6 +242,24 @@ def test_compile_sees_one_operation_and_no_break():
     out = compiled(x)
     torch.testing.assert_close(out, y)
     for a, b in zip(torch.autograd.grad(out, leaves, dy), want):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_too_an_input_without_gradient_costs_none(monkeypatch):
+    x, firsts, last, dy = network(19, 9, 6, 8, 4, (2, 3), False)
+    leaves = [t.requires_grad_() for la in (*firsts, last) for t in (la.a, la.b)]
+    asked, real = [], torch_path.backward
+
+    def backward(*args):
+        asked.append(args[6])
+        return real(*args)
+
+    monkeypatch.setattr(torch_path, "backward", backward)
+    compiled = torch.compile(lambda x: lora_ffn(x, firsts, last), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x), leaves, dy)
+    wanted = torch.autograd.grad(lora_ffn(x, firsts, last), leaves, dy)
+    assert asked == [False, False]
+    for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b)
 
 
