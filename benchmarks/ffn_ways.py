@@ -20,6 +20,7 @@ from gsforget.lora.groups import LoRAGroups
 
 TOKENS = 197
 WIDTHS = {"vit_small": (384, 1536), "vit_base": (768, 3072), "vit_large": (1024, 4096)}
+DEPTHS = {"vit_small": 12, "vit_base": 12, "vit_large": 24}
 
 
 @dataclass(frozen=True)

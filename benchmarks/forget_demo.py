@@ -172,17 +172,23 @@ def without_paths(content):
     return content
 
 
+def commit() -> str | None:
+    """What is checked out here; None where there is no git, or only a copy of the files."""
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
 def machine() -> dict:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     return {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gsforget": gsforget.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
 
 

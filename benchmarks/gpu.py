@@ -3,7 +3,9 @@
     python benchmarks/gpu.py --part tests              # first: no speed-up is printed before these are right
     python benchmarks/gpu.py --part ffn                # then ffn, prox, forget, memory
     python benchmarks/gpu.py --part ffn --write-table  # also the dispatcher's table for this GPU
-    python benchmarks/gpu.py --device cpu --tiny --part ffn --out results   # every part in seconds, no figures worth having
+    python benchmarks/gpu.py --device cpu --tiny --part ffn   # every part in seconds, no figures worth having
+
+It takes torch, triton, timm, peft and what `forget` itself needs (scikit-learn, matplotlib, safetensors, Pillow).
 
 Cells are stored in `benchmarks/results/<gpu>/<part>.json` as soon as they are measured; a call measures what is missing
 and begins no cell after `--minutes`.  `--again` measures all.  Times are medians of CUDA events after a warm-up, the L2
@@ -12,6 +14,7 @@ cache flushed before each call, and the ways of a cell measured in turn.
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from gpu_timing import Setting
 from gsforget.kernels.lora_ffn import dispatch
 
 TABLES = Path(dispatch.__file__).parent / "tables"
+RESULTS, TRIED = ROOT / "benchmarks" / "results", Path(tempfile.gettempdir()) / "gsforget-gpu"
 PARTS = {
     "tests": gpu_kernels.tests,
     "ffn": gpu_kernels.ffn,
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="small shapes and few rounds: tries the script")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result folders"
+        "--out", type=Path, help="folder of the result folders; default: benchmarks/results, when tiny a temporary one"
     )
     parser.add_argument("--write-table", action="store_true", help="write the dispatcher's table after --part ffn")
     parser.add_argument(
@@ -136,9 +140,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--write-table belongs to --part ffn")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no CUDA GPU here. Try the script with --device cpu --tiny.")
+    out = args.out or (TRIED if args.tiny else RESULTS)
     name = device_name(args.device)
     setting = Setting(args.device, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"), args.tiny)
-    folder = args.out / (dispatch.slug(name) + ("-tiny" if args.tiny else ""))
+    folder = out / (dispatch.slug(name) + ("-tiny" if args.tiny else ""))
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / f"{args.part}.json", args.again)
     store.content["machine"] = description(args.device)
@@ -147,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     if not done:
         print("not done: call again for the rest")
     elif args.write_table:
-        print(write_table(store, name, args.tables or (args.out / "tables" if args.tiny else TABLES)))
+        print(write_table(store, name, args.tables or (out / "tables" if args.tiny else TABLES)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import ffn_ways
 import torch
-from ffn_ways import TOKENS, WIDTHS, Problem, Step
+from ffn_ways import DEPTHS, TOKENS, WIDTHS, Problem, Step
 from gpu_timing import Setting
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from gsforget.kernels.lora_ffn import Layer, dispatch, lora_ffn, naive_lora_ffn
 
 Cell = tuple[str, Callable[..., dict], tuple]
 RANKS, BATCHES = (8, 16), (1, 50)
-DEPTHS = {"vit_small": 12, "vit_base": 12, "vit_large": 24}
 FLOOR = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-3}  # added to twice the error of plain PyTorch
 STAGES = tuple(dispatch.DEFAULT)
 
@@ -130,7 +129,7 @@ def check_prox(setting: Setting, metric: str) -> dict:
 
 
 def ffn(setting: Setting) -> Iterator[Cell]:
-    for name, batch, rank in itertools.product(sizes(setting), BATCHES, RANKS):
+    for name, batch, rank in itertools.product(sizes(setting), (1, 2) if setting.tiny else BATCHES, RANKS):
         yield f"{setting.type_name}/{name}/{batch}/{rank}", measure_ffn, (name, batch, rank)
 
 
@@ -200,9 +199,10 @@ def prox(setting: Setting) -> Iterator[Cell]:
         yield f"{name}/16", measure_prox, (name,)
 
 
-def group_lengths(setting: Setting, name: str, rank: int = 16) -> Tensor:
+def group_lengths(setting: Setting, name: str) -> Tensor:
     k, n = sizes(setting)[name]
-    return torch.full((3 if setting.tiny else DEPTHS[name],), 2 * rank * (k + n), device=setting.device)
+    groups, rank = (3, 1) if setting.tiny else (DEPTHS[name], 16)
+    return torch.full((groups,), 2 * rank * (k + n), device=setting.device)
 
 
 def buffers(setting: Setting, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,7 +266,7 @@ def memory(setting: Setting) -> Iterator[Cell]:
 def measure_memory(setting: Setting, name: str, depth: int) -> dict:
     """Peak and kept memory of some networks in a row, forward and backward; rank 16, 50 images."""
     k, n = sizes(setting)[name]
-    p = ffn_ways.make_problem(k, n, 50, tokens(setting), 16, setting.dtype, setting.device)
+    p = ffn_ways.make_problem(k, n, 2 if setting.tiny else 50, tokens(setting), 16, setting.dtype, setting.device)
     found = {}
     for way, make in {"ours": ffn_ways.ours, "peft": ffn_ways.peft, "frozen": ffn_ways.frozen}.items():
         step = make(p).stacked(depth)

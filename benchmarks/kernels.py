@@ -1,7 +1,7 @@
 """The LoRA feed-forward step on a CPU against PEFT, LoRA layer by layer, and the network without LoRA.
 
     python benchmarks/kernels.py              # tests first, then about six minutes on two cores
-    python benchmarks/kernels.py --draw       # the picture and the table from the stored figures
+    python benchmarks/kernels.py --draw       # the picture and the table from the stored figures; what is counted anew
 
 ViT-S, float32, two threads, forward and backward with the gradient to the input; ways are measured in turn.  What one step
 costs on a GPU is counted beside it (see `counted.py`), not measured.  Writes `benchmarks/results/kernels.json` and
@@ -19,7 +19,7 @@ from pathlib import Path
 import counted
 import ffn_ways
 import torch
-from ffn_ways import TOKENS, WIDTHS, Problem, Step
+from ffn_ways import DEPTHS, TOKENS, WIDTHS, Problem, Step
 from forget_demo import ROOT, Store, machine
 
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "kernels.json", ROOT / "docs" / "images" / "kernels.png"
@@ -99,6 +99,14 @@ def report(content: dict) -> None:
             speed = ways["peft"]["microseconds"] / row["microseconds"]
             print(
                 f"{name:10} {way:7} {row['microseconds']:7.0f} us {speed:5.2f} times PEFT {row['kept_mb']:6.0f} MB kept"
+            )
+
+    print("one proximal step of all groups, rank 16, counted:")
+    for name, ways in content["counted_prox"].items():
+        for way, row in ways.items():
+            print(
+                f"{name:10} {way:7} {row['launches']:4} launches {row['megabytes']:8.1f} MB"
+                f" and {row['megabytes_from_cache']:6.1f} MB from the L2 cache"
             )
 
 
@@ -185,9 +193,11 @@ def main() -> None:
         for batch in BATCHES:
             for rank in RANKS:
                 store.measure(f"cpu/{batch}/{rank}", measure, *WIDTHS["vit_small"], batch, TOKENS, rank, ROUNDS[batch])
-        store.content["counted"] = {name: counted_for(name) for name in WIDTHS}
         store.save()
     content = json.loads(RESULTS.read_text())
+    content["counted"] = {name: counted_for(name) for name in WIDTHS}
+    content["counted_prox"] = {name: counted.prox(DEPTHS[name], 2 * 16 * sum(WIDTHS[name])) for name in WIDTHS}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     report(content)
     draw(content)
 

@@ -71,8 +71,17 @@ def product_forces(groups: LoRAGroups, loss: Callable[[], Tensor]) -> Tensor:
             w.requires_grad_(flag)
     squares = torch.zeros(len(groups), dtype=torch.float64, device=groups.flat.device)
     for pair, gradient in zip(groups.pairs, gradients):
-        squares[pair.group] += torch.linalg.matrix_norm(gradient.double(), ord=2) ** 2
+        squares[pair.group] += square_of_spectral_norm(gradient.double())
     return squares.sqrt() / groups.weights
+
+
+def square_of_spectral_norm(matrix: Tensor) -> Tensor:
+    """Of a float64 matrix [m, n]: the largest eigenvalue of its product with its own transpose, [].
+
+    All singular values take nine times as long for a ViT-B's, and longer on a GPU; half of float64's digits are enough.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(wide @ wide.T)[-1].clamp_min(0)
 
 
 class StrengthControl:

@@ -64,7 +64,7 @@ def forget(
     """
     import torch
 
-    from gsforget.export.device.keys import own_signing_key
+    from gsforget.export.device.key_places import own_signing_key
     from gsforget.runs import check_out, check_writable
 
     started = time.perf_counter()

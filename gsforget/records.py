@@ -176,7 +176,7 @@ def _write_delta(path: Path, e: Evidence) -> None:
 
 def _write_ledger(folder: Path, e: Evidence) -> None:
     from gsforget import ledger
-    from gsforget.export.device.keys import own_signing_key
+    from gsforget.export.device.key_places import own_signing_key
 
     lines = ledger.parent_lines(e.source.folder) if e.source.folder else []
     summary = e.measured.summary

@@ -58,7 +58,8 @@ class Discriminant:
         least = FLOOR * mine.var(0, unbiased=False).mean() + torch.finfo(bank.dtype).tiny
         within.diagonal().copy_(diagonal + least)
         middle = means.mean(0)  # taken off before solving, for the sake of rounding alone
-        weight = torch.linalg.solve(within, (means - middle).T)
+        # Without a check of the result, for which the host would wait: where it is no number, the loss is none either.
+        weight = torch.linalg.solve_ex(within, (means - middle).T).result
         return weight, -((means + middle) * weight.T).sum(1) / 2
 
     def loss(self, bank: Tensor, features: Tensor, labels: Tensor) -> Tensor:
@@ -106,10 +107,12 @@ class Separability:
         """What the opponents tell of the forgotten images of a batch, in nats; its features are remembered.
 
         Args:
-            features: float32 [B, d] with gradient; rows: int64 [B]; forget: bool [B], whose features are to change.
+            features: float32 [B, d] with gradient; rows: int64 [B]; forget: places in the batch, int64, of those whose
+                features are to change, or bool [B].
         """
         self.bank[rows] = features.detach().to(self.bank.dtype)
-        if not (self.opponents and forget.any()):
+        forget = torch.nonzero(forget)[:, 0] if forget.dtype == torch.bool else forget
+        if not (self.opponents and len(forget)):
             return features.sum() * 0
         mine, labels = features[forget].to(self.bank.dtype), self.labels[rows[forget]]
         return torch.stack([o.loss(self.bank, mine, labels) for o in self.opponents]).sum()

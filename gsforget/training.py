@@ -36,11 +36,13 @@ from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
+from gsforget.precision import in_bfloat16
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.rounds import Rounds
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
+from gsforget.there import there
 
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
@@ -62,6 +64,8 @@ class Settings:
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
         cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
+        autocast: run the network in bfloat16 while training; losses, factors and the optimiser stay in float32, and what is
+            merged is measured in float32 as ever.
         cuda_graphs: replay a small batch's step on a GPU instead of launching it, where that can be done, see `graphs`.
     """
 
@@ -78,6 +82,7 @@ class Settings:
     reuse_prefix: bool = True
     retire_groups: bool = True
     cache_bytes: float | None = None
+    autocast: bool = False
     cuda_graphs: bool = True
 
 
@@ -136,6 +141,8 @@ class Loop:
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.read = task.reader(model, self.probe[:2])
+        if settings.autocast:
+            self.read = in_bfloat16(self.read, self.device)
         self.eval_batch = min(EVAL_BATCH, getattr(task, "batch", EVAL_BATCH))
         networks = task.networks(model, self.probe[:2])
         forms = find_forms(model, networks, self.probe[:2])
@@ -239,8 +246,8 @@ class Loop:
         """One step; on a GPU the host queues it and goes on."""
         rows = self._draw_batch()
         try:
-            losses = self.objective.losses(self._see_to_train(rows), self._there(rows), self.stages.depth)
-        except RuntimeError:  # of a solver, say, that was given no numbers: then the loss says so first
+            losses = self.objective.losses(self._see_to_train(rows), rows, self.stages.depth)
+        except RuntimeError:  # of code that was given no numbers: then the loss of the step before says so first
             self._read_log()
             raise
         if self.log.every == 1:
@@ -283,8 +290,8 @@ class Loop:
         """As `_see`, by a CUDA graph where there is one."""
         if self.graphs.off is not None:
             return self._see(rows)
-        reuse, there = self.reuse, self._there(rows)
-        given = there if reuse is not None else self._images(rows)
+        reuse = self.reuse
+        given = there(rows, self.device) if reuse is not None else self._images(rows)
         leaves = [factor for pair in self.groups.pairs if pair.group in self.alive for factor in (pair.a, pair.b)]
         tensors = self.graphs.network(
             (tuple(self.alive), reuse is not None),
@@ -304,7 +311,7 @@ class Loop:
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
-        here = self._there(rows)
+        here = there(rows, self.device)
         self.rehearsal.run(lambda: duel.attack(self._see(rows), here), lambda: duel.defence(self._see(rows), here))
 
     def _remove(self, dead: list[int]) -> None:
@@ -348,13 +355,7 @@ class Loop:
             self.reuse.fill(count, self._images, self.eval_batch)
 
     def _images(self, rows: Tensor) -> Tensor:
-        return self._there(self.images.batch(rows))
-
-    def _there(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host on the device, without waiting for what the device has to do before."""
-        if self.device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return there(self.images.batch(rows), self.device)
 
     def _answers(self, images: Tensor) -> Tensor:
         """All that the losses look at, [B, …]: boxes depend on more of the network than logits do."""
@@ -391,7 +392,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        losses = self.objective.losses(self._see(rows), rows.to(self.device), self.stages.depth)
+        losses = self.objective.losses(self._see(rows), rows, self.stages.depth)
         self._check_finite(losses.total.item(), self.step)
         return losses
 

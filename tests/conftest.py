@@ -9,6 +9,9 @@ import pytest
 # The networks here are so small that more threads only wait for each other; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# On a machine with a GPU the tests are those of a machine without: `benchmarks/gpu.py --part tests` is for the other.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 # Triton settles at its first import whether it interprets, and torch may import it on any test's behalf: so it is done
 # here, before all of them.  What is compiled is compiled in processes of its own, which do not inherit the variable.
 os.environ["TRITON_INTERPRET"] = "1"

@@ -27,7 +27,8 @@ def new(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key pair; a private key never leaves the machine that signs (a fleet key goes to its devices)."""
-    from gsforget.export.device.keys import FLEET, SIGNING, default_folder, new_keys, read_public_key
+    from gsforget.export.device.key_places import FLEET, SIGNING, default_folder
+    from gsforget.export.device.keys import new_keys, read_public_key
 
     private, public = new_keys(out or default_folder(), fleet)
     made = read_public_key(public, FLEET if fleet else SIGNING)

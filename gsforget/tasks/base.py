@@ -110,7 +110,7 @@ class Objective(Protocol):
     """The losses of one request, fixed by what the model before the request makes of all images; rows are int64 [B]."""
 
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
-        """Losses of a batch: what the model in training makes of the images `rows`, on its device.
+        """Losses of a batch: what the model in training makes of the images `rows`, which are on the host or its device.
 
         `depth` weighs what is taken from the features against the rest; without effect where `deepens` is False.
         """

@@ -207,3 +207,11 @@ def test_small_rules():
     assert not back.stuck(watch, 1)
     assert not watch.stuck(back, 1)
     assert not Watch(2, 0.0, 97.0 + control.STUCK, 98.0, 0.0, 0.0, [0]).stuck(watch, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 9)])
+def test_the_spectral_norm_is_the_largest_singular_value(shape):
+    matrix = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.linalg.svdvals(matrix)[0].item()
+    assert control.square_of_spectral_norm(matrix).sqrt().item() == pytest.approx(wanted, rel=1e-12)
+    assert control.square_of_spectral_norm(0 * matrix).item() == 0

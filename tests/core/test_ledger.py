@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from gsforget import ledger
 from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.keys import ENVIRONMENT, SigningKey, new_keys, own_signing_key, read_public_key
+from gsforget.export.device.key_places import ENVIRONMENT, own_signing_key
+from gsforget.export.device.keys import SigningKey, new_keys, read_public_key
 from gsforget.folder import CONFIG, WEIGHTS, ModelConfig, sha256, write_file
 
 CONFIG_0 = ModelConfig("vit_tiny", {}, ["cat", "dog", "cow", "ant"], (3, 8, 8), (0.5,), (0.5,))

@@ -179,6 +179,20 @@ def test_a_deeper_stage_that_costs_retained_accuracy_is_undone(three_blocks, mon
     assert run.trained.watches[-1] == run.trained.watches[0]
 
 
+def test_in_bfloat16_it_forgets_as_well(three_blocks):
+    """The network runs in bfloat16, and nothing else: losses and features arrive in float32, and outputs are reused."""
+    run = loop(three_blocks, autocast=True)
+    seen = run.seen_of(torch.arange(4))
+    with torch.no_grad():
+        exact = three_blocks(run.images.pixels[:4])
+    assert {t.dtype for t in run._see(torch.arange(4)).tensors} == {torch.float32}
+    assert 1e-5 < (seen.outputs - exact).abs().max() < 0.1
+    assert run.run().chosen["reused_outputs"]
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert after[BEE] <= 1
+    assert min(after[:BEE] + after[BEE + 1 :]) >= 95
+
+
 def test_base_weights_are_bit_identical(done):
     run, before, _ = done
     after = run.model.state_dict()
@@ -241,18 +255,21 @@ def test_a_loss_that_is_no_number_is_said_with_its_step_however_late_it_is_read(
         read_every(loop(three_blocks, prox=1e3), READ_EVERY).run()
 
 
-def test_a_step_asks_the_host_for_nothing(three_blocks):
-    """But at a reading.  The proximal step is the kernel; on a GPU a task that selects by masks waits as well, see docs."""
-    run, asked = read_every(loop(three_blocks, method="gs-lora"), READ_EVERY), []
+@pytest.mark.parametrize("method", ["gs-lora", "gs-lora++"])
+def test_a_step_asks_the_host_for_nothing(three_blocks, method):
+    """But at a reading.  The proximal step is the kernel; that the losses ask for nothing, see `test_there`."""
+    run, asked = read_every(loop(three_blocks, method=method), READ_EVERY), []
     run.objective = run.task.objective(run.seen_of(torch.arange(160)), run.labels, run.forget, run.known)
     counter = torch.zeros(3, dtype=torch.int64)
     run.control = control.StrengthControl(1e-4, 1, counter)
     run.adam = ProximalAdam(run.groups.lengths, run.groups.weights, backend="interpret", programs=1)
     run.step = control.WARMUP
 
+    waits = ("_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors")
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            if function.overloadpacket.__name__ in waits:
                 asked.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 

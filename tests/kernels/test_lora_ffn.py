@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsforget.errors import RequestError
-from gsforget.kernels.lora_ffn import ACTIVATIONS, Layer, dispatch, lora_ffn, naive_lora_ffn
+from gsforget.kernels.lora_ffn import ACTIVATIONS, Layer, dispatch, lora_ffn, naive_lora_ffn, torch_path
 
 torch.set_num_threads(1)
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -245,6 +245,24 @@ def test_compile_sees_one_operation_and_no_break():
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_too_an_input_without_gradient_costs_none(monkeypatch):
+    x, firsts, last, dy = network(19, 9, 6, 8, 4, (2, 3), False)
+    leaves = [t.requires_grad_() for la in (*firsts, last) for t in (la.a, la.b)]
+    asked, real = [], torch_path.backward
+
+    def backward(*args):
+        asked.append(args[6])
+        return real(*args)
+
+    monkeypatch.setattr(torch_path, "backward", backward)
+    compiled = torch.compile(lambda x: lora_ffn(x, firsts, last), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x), leaves, dy)
+    wanted = torch.autograd.grad(lora_ffn(x, firsts, last), leaves, dy)
+    assert asked == [False, False]
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("path", ["torch_path", "triton_path"])
 def test_the_registered_operation_keeps_its_promises(path):
     x, firsts, last, _ = network(16, 5, 6, 8, 4, (2, 3), False)
@@ -271,12 +289,31 @@ def test_what_does_not_fit_is_said():
         "not torch.float32 like": lambda: lora_ffn(x.float(), first, last),
         "not wholly on": lambda: lora_ffn(x, first._replace(weight=first.weight.to("meta")), last),
         "3 first layers": lambda: lora_ffn(x, [first] * 3, last),
+        "input is torch.int64": lambda: lora_ffn(x.long(), first, last),
+        "input is torch.float64 \\[\\]": lambda: lora_ffn(x[0, 0], first, last),
     }
     for words, call in cases.items():
         with pytest.raises(RequestError, match=words) as told:
             call()
         assert told.value.kind == "kernel_input"
         assert told.value.hint
+
+
+def test_rows_that_lie_more_than_two_to_the_31_elements_apart():
+    """Of a tensor that is never filled: only the rows in use take memory."""
+    rows, width = 40, 16
+    try:
+        store = torch.empty(2**31 + 2**27, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the machine promises no 4 GB")
+    x, firsts, last, _ = network(18, rows, width, 24, 16, (4, 4), False)
+    far = store.as_strided((rows, width), (len(store) // rows // 16 * 16, 1))
+    assert far.stride(0) * (rows - 1) > 2**31
+    far.copy_(x)
+    here = [Layer(*(t.half() for t in layer)) for layer in (firsts[0], last)]
+    for backend in ("torch", "interpret"):
+        near = lora_ffn(far.clone(memory_format=torch.contiguous_format), *here, backend=backend)
+        assert torch.equal(lora_ffn(far, *here, backend=backend), near)
 
 
 def test_the_nearest_measured_shape_decides():

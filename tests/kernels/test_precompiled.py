@@ -1,5 +1,6 @@
 """Our kernels find what was compiled ahead of time: every launch of a step is shipped, and what is not is compiled."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -190,6 +191,7 @@ def gpu(monkeypatch):
     loaded = Loaded()
     precompiled._store.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(precompiled, "Kernel", loaded)
     yield loaded
     precompiled._store.cache_clear()
@@ -211,6 +213,26 @@ def test_launch_takes_what_is_compiled_and_else_the_compiler(folder, gpu, monkey
     call(kernel, 1024, on_gpu=False)
     assert kernel.launches == [256, 512, 1024]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_launch_is_on_the_device_of_its_tensors(folder, gpu, monkeypatch, named):
+    """Whichever is the current one, to which it is given back."""
+    current, seen = [1], []
+
+    @contextlib.contextmanager
+    def on(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setenv(VARIABLE, str(folder.parent) if named else "")
+    kernel = Jitted()
+    kernel.launches = gpu.launches = SimpleNamespace(append=lambda _: seen.append(current[0]))
+    call(kernel)
+    assert (seen, current) == ([0], [1])
 
 
 def test_a_refused_folder_is_said_once_and_compiled_around(folder, gpu, monkeypatch, caplog):

@@ -244,6 +244,16 @@ def test_what_does_not_fit_is_said():
     adam = ProximalAdam(run.lengths, run.weights)
     with pytest.raises(RequestError, match="80 factors"):
         adam.step(run.flat[:70], run.grads[0], run.active, 1e-2)
+    for table in (
+        (run.lengths.int(), run.weights),
+        (run.lengths, run.weights[:1]),
+        (run.lengths, run.weights.to("meta")),
+    ):
+        with pytest.raises(RequestError, match="table of groups"):
+            ProximalAdam(*table)
+    for active in (run.active[:1], run.active.long(), run.active.to("meta")):
+        with pytest.raises(RequestError, match="2 groups"):
+            adam.step(run.flat, run.grads[0], active, 1e-2)
     strided = torch.stack([run.grads[0]] * 2, 1)[:, 0]
     with pytest.raises(RequestError, match="not float32 and contiguous"):
         adam.step(run.flat, strided, run.active, 1e-2)

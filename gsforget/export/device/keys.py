@@ -1,4 +1,4 @@
-"""Keys: Ed25519 for signatures, X25519 for payloads, their files, and where they are looked for.
+"""Keys: Ed25519 for signatures, X25519 for payloads, and their files; see `key_places` for where these are.
 
 A signing key belongs to the people who erase; a device knows its public half only.
 """
@@ -21,19 +21,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.files import PARTIAL, flush_folder, read_json, write_json
+from gsforget.export.device.key_places import DEVICE, FILES, FLEET, SIGNING, signing_key_path
 from gsforget.export.device.manifest import Encryption
 
 FORMAT = 1
-SIGNING, FLEET, DEVICE = "signing", "fleet", "device"
-FILES = {kind: (f"{kind}.key", f"{kind}.pub.json") for kind in (SIGNING, FLEET, DEVICE)}
 SEALED = b"gsforget patch payload 1\n"
-ENVIRONMENT = "GSFORGET_KEY"
 LARGEST_SEALED = 2**31 - 32  # bytes that the cipher takes at once
-
-
-def default_folder() -> Path:
-    """Where keys are made and looked for unless a path is given: `~/.config/gsforget`."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "gsforget")
 
 
 def key_id(public: bytes) -> str:
@@ -189,12 +182,6 @@ def _write_private(path: Path, key: SigningKey | FleetKey) -> None:
         os.fsync(handle.fileno())
 
 
-def signing_key_path(given: Path | None = None) -> Path:
-    """Where the signing key is looked for: a path, else $GSFORGET_KEY, else `~/.config/gsforget/signing.key`."""
-    named = given or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
-    return named or default_folder() / FILES[SIGNING][0]
-
-
 def find_signing_key(given: Path | None = None) -> SigningKey:
     """The signing key, from where ``signing_key_path`` looks.
 
@@ -204,15 +191,6 @@ def find_signing_key(given: Path | None = None) -> SigningKey:
     if not path.is_file():
         raise RequestError(f"There is no signing key {path}.", "Make one: gsforget keys new.", "no_key")
     return read_signing_key(path)
-
-
-def own_signing_key() -> SigningKey | None:
-    """The signing key of this workstation; None where it has none.
-
-    Raises as ``find_signing_key`` does where $GSFORGET_KEY names a file that is not there, or a key cannot be used.
-    """
-    path = signing_key_path()
-    return find_signing_key() if path.is_file() or os.environ.get(ENVIRONMENT) else None
 
 
 def own_public_key() -> PublicKey | None:

@@ -14,16 +14,15 @@ from typing import Any
 from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device.files import read_json, write_json
+from gsforget.export.device.key_places import SIGNING, signing_key_path
 from gsforget.export.device.keys import (
     FORMAT,
-    SIGNING,
     PublicKey,
     SigningKey,
     find_signing_key,
     new_keys,
     raw_public,
     read_public_key,
-    signing_key_path,
 )
 
 ROTATION = "rotation"

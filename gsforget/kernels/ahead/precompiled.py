@@ -39,7 +39,19 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> No
         constants: constexpr arguments and options (``num_warps``, ``num_stages``) by name.
     """
     device = next(a.device for a in args if isinstance(a, Tensor))
-    store = store_for(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        kernel[grid](*args, **constants)
+    elif device.index == torch.cuda.current_device():
+        _launch_here(device, kernel, grid, args, constants)
+    else:  # Triton, like the driver, launches on the current device, wherever the tensors are
+        with torch.cuda.device(device):
+            _launch_here(device, kernel, grid, args, constants)
+
+
+def _launch_here(
+    device: torch.device, kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Mapping[str, Any]
+) -> None:
+    store = store_for(device)
     if store is None or not store.run(kernel.fn.__module__, kernel.fn.__name__, grid, args, constants):
         kernel[grid](*args, **constants)
 

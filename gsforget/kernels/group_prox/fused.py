@@ -48,10 +48,24 @@ class ProximalAdam:
             programs: how many share a group, if the device holds them all at once; None: as many as pay.
 
         Raises:
-            RequestError: kind ``metric`` for an unknown metric, ``kernel_input`` for lengths below one.
+            RequestError: kind ``metric`` for an unknown metric, ``kernel_input`` for a table that is none.
         """
         if metric not in METRICS:
             raise RequestError(f"There is no metric named {metric}.", f"Give one of {', '.join(METRICS)}.", "metric")
+        if (
+            lengths.ndim != 1
+            or lengths.dtype != torch.int64
+            or (weights.shape, weights.device)
+            != (
+                lengths.shape,
+                lengths.device,
+            )
+        ):
+            raise RequestError(
+                f"The table of groups has lengths {_kind(lengths)} and weights {_kind(weights)}.",
+                "Give lengths as int64 [G] and weights as float64 [G], on the device of the buffer.",
+                "kernel_input",
+            )
         sizes = lengths.tolist()
         if not sizes or min(sizes) < 1:
             raise RequestError("A group without factors was given.", "Leave it out of the table.", "kernel_input")
@@ -110,6 +124,12 @@ class ProximalAdam:
             raise RequestError(
                 f"The buffers are not float32 and contiguous on {self.exp_avg.device}.",
                 "Give flat.float().contiguous(), and a gradient alike.",
+                "kernel_input",
+            )
+        if (active.shape, active.dtype, active.device) != (self.lengths.shape, torch.bool, self.lengths.device):
+            raise RequestError(
+                f"Which groups are active is {_kind(active)}, and there are {len(self.lengths)} groups.",
+                f"Give bool [{len(self.lengths)}] on {self.lengths.device}.",
                 "kernel_input",
             )
         if self.backend != "torch":
@@ -174,6 +194,10 @@ def fitting(sizes: list[int], asked: int | None, processors: int | None) -> int:
 def processors(device: torch.device) -> int | None:
     """Multiprocessors of a GPU; None elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 def _at_vectors(*buffers: Tensor) -> bool:

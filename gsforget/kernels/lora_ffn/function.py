@@ -37,6 +37,8 @@ def lora_ffn(
     Raises:
         RequestError: kind ``kernel_input`` for shapes, devices or types that do not fit each other.
     """
+    if not x.ndim or not x.is_floating_point():
+        raise _unfit(f"the input is {x.dtype} {list(x.shape)}", "Give floating-point numbers [..., features].")
     layers = [Layer(*firsts)] if isinstance(firsts, Layer) else [Layer(*f) for f in firsts]
     layers.append(Layer(*last))
     x, layers = _as_autocast(x, layers)
@@ -114,12 +116,13 @@ def _compiled(x: Tensor, flat: Sequence[Tensor | None], activation: str, path: s
 
 @torch.library.custom_op("gsforget::lora_ffn_backward", mutates_args=())
 def _compiled_backward(
-    dy: Tensor, x: Tensor, saved: Sequence[Tensor], flat: Sequence[Tensor | None], activation: str, path: str
-) -> list[Tensor]:
+    dy: Tensor, x: Tensor, saved: Sequence[Tensor], flat: Sequence[Tensor | None], activation: str, path: str,
+    need_dx: bool,
+) -> list[Tensor]:  # fmt: skip
     # What the forward chose is no tensor, so that it cannot travel here: it is looked up a second time.
     complete = _implementation(path).fused_up(x, _layers(flat)[0])
-    dx, pairs = _implementation(path).backward(dy, x, list(saved), *_layers(flat), activation, True, complete)
-    return [dx, *[g for pair in pairs for g in pair]]
+    dx, pairs = _implementation(path).backward(dy, x, list(saved), *_layers(flat), activation, need_dx, complete)
+    return [x.new_empty(0) if dx is None else dx, *[g for pair in pairs for g in pair]]
 
 
 @_compiled.register_fake
@@ -137,10 +140,10 @@ def _(x: Tensor, flat: Sequence[Tensor | None], activation: str, path: str) -> l
 
 
 @_compiled_backward.register_fake
-def _(dy, x, saved, flat, activation, path) -> list[Tensor]:
+def _(dy, x, saved, flat, activation, path, need_dx) -> list[Tensor]:
     firsts, last = _layers(flat)
     pairs = [(torch.empty_like(la.a), torch.empty_like(la.b)) for la in (*firsts, last)]
-    return [x.new_empty(x.shape), *[g for pair in pairs for g in pair]]
+    return [x.new_empty(x.shape if need_dx else 0), *[g for pair in pairs for g in pair]]
 
 
 def _remember(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
@@ -153,10 +156,10 @@ def _pull_back(ctx: Any, gradients: list[Tensor | None]) -> Any:
     x, *rest = ctx.saved_tensors
     kept = iter(rest)
     flat = [next(kept) if given else None for given in ctx.given]
-    dy = gradients[0]
-    dx, *pairs = _compiled_backward(dy, x, list(kept), flat, ctx.activation, ctx.path)
+    dy, need_dx = gradients[0], ctx.needs_input_grad[0]
+    dx, *pairs = _compiled_backward(dy, x, list(kept), flat, ctx.activation, ctx.path, need_dx)
     two = iter(pairs)
-    return dx, [next(two) if i % 4 > 1 else None for i in range(len(flat))], None, None
+    return dx if need_dx else None, [next(two) if i % 4 > 1 else None for i in range(len(flat))], None, None
 
 
 _compiled.register_autograd(_pull_back, setup_context=_remember)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from gsforget.prototypes import Prototypes
 from gsforget.separability import Separability
 from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
 from gsforget.tasks.classify.answers import correct, features_reader, logits_reader, nothing, score
+from gsforget.there import places, there
 
 ASCENT_WEIGHT = 0.2
 PUSH_WEIGHT, PUSH_BOUND = 0.3, 2.0  # the bound is a distance as in `prototypes`: 2 is that of two unrelated images
@@ -105,14 +107,25 @@ class FeatureObjective:
         ]
         return cls(*held)
 
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """`wanted` on the host."""
+        return self.wanted.cpu()
+
     def losses(
-        self, features: Tensor, rows: Tensor, labels: Tensor, forget: Tensor, depth: float
+        self, features: Tensor, rows: Tensor, retained: Tensor, forget: Tensor, depth: float
     ) -> tuple[Tensor, Tensor]:
-        """Pull of retained images, and push and separability of forgotten ones: two scalars."""
+        """Pull of retained images, and push and separability of forgotten ones: two scalars.
+
+        Args:
+            features: [B, d] of the images `rows`, int64 [B] on the host.
+            retained: places of retained images in the batch; forget: bool [B] on the host.
+        """
         # Of classes forgotten earlier that came back there are no prototypes: their answers are unlearned again, no more.
-        now = forget & self.wanted[rows]
-        kept = ((features[~forget] - self.before[rows[~forget]]) / self.prototypes.scale) ** 2
-        away = self.prototypes.distances(features[now], labels[now])
+        now = places(forget & self._wanted[rows], features.device)
+        rows = there(rows, features.device)
+        kept = ((features[retained] - self.before[rows[retained]]) / self.prototypes.scale) ** 2
+        away = self.prototypes.distances(features[now], self.separability.labels[rows[now]])
         pull = self.pull * (kept.mean() if len(kept) else kept.sum())
         push = PUSH_WEIGHT * _mean((PUSH_BOUND - away).relu())
         return pull, push + depth * SEPARABILITY_WEIGHT * self.separability.loss(features, rows, now)
@@ -163,13 +176,20 @@ class ClassificationObjective:
         """By the opponent of the training, see `separability`."""
         return self.features.separability.named(seen.features, self.labels[rows]) if self.features else None
 
+    @cached_property
+    def _forget(self) -> Tensor:
+        """`forget` on the host."""
+        return self.forget.cpu()
+
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
         """Each a mean over its images."""
-        labels, forget, outputs = self.labels[rows], self.forget[rows], seen.outputs.float()
-        retain = _mean(cross_entropy(outputs[~forget], self.targets[rows[~forget]], reduction="none"))
-        forgotten = self._forgotten(outputs[forget], rows[forget])
+        rows, outputs = rows.cpu(), seen.outputs.float()
+        forget, device = self._forget[rows], seen.outputs.device
+        retained, gone, here = places(~forget, device), places(forget, device), there(rows, device)
+        retain = _mean(cross_entropy(outputs[retained], self.targets[here[retained]], reduction="none"))
+        forgotten = self._forgotten(outputs[gone], here[gone])
         if self.features is not None:
-            pull, push = self.features.losses(seen.features.float(), rows, labels, forget, depth)
+            pull, push = self.features.losses(seen.features.float(), rows, retained, forget, depth)
             retain, forgotten = retain + pull, forgotten + push
         return Losses(retain + forgotten, retain, forgotten)
 

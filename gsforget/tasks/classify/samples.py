@@ -10,6 +10,7 @@ model is suspiciously wrong about is as recognisable as one that it remembers.  
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.tasks.base import Losses, Reader, Score, Seen
 from gsforget.tasks.classify.answers import correct, logits_reader, score
+from gsforget.there import places, there
 
 SMALLEST = 1e-6  # probability left to the other classes together, and to the true one
 
@@ -83,11 +85,17 @@ class SingleImagesObjective:
     def named(self, seen: Seen, rows: Tensor) -> None:
         del seen, rows
 
+    @cached_property
+    def _forget(self) -> Tensor:
+        """`forget` on the host."""
+        return self.forget.cpu()
+
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
         del depth
-        forget = self.forget[rows]
-        distance = cross_entropy(seen.outputs.float(), self.targets[rows], reduction="none")
-        retain, forgotten = _mean(distance[~forget]), _mean(distance[forget])
+        rows, device = rows.cpu(), seen.outputs.device
+        forget = self._forget[rows]
+        distance = cross_entropy(seen.outputs.float(), self.targets[there(rows, device)], reduction="none")
+        retain, forgotten = _mean(distance[places(~forget, device)]), _mean(distance[places(forget, device)])
         return Losses(retain + forgotten, retain, forgotten)
 
 

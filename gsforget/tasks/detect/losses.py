@@ -173,6 +173,7 @@ class DetectionObjective:
 
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
         del depth
+        rows = rows.to(self.device)
         before, now = self._aligned(seen, rows), self.forget[rows]
         clear = self._clear(before)
         objects = clear.sum().clamp_min(1.0)

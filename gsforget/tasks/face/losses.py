@@ -137,6 +137,7 @@ class FaceObjective:
         return self._forgotten(seen.outputs.float(), seen.features.float(), rows)
 
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
+        rows = rows.to(self.forget.device)
         forget, z, cosines = self.forget[rows], seen.features.float(), seen.outputs.float()
         moved = 1 - (z[~forget] * self.before[rows[~forget]]).sum(1)
         retain = RETAIN_WEIGHT * CONCENTRATION * _mean(moved)

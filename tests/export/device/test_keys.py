@@ -12,6 +12,7 @@ from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import keys
 from gsforget.export.device.apply import apply, trust_key
 from gsforget.export.device.files import write_json
+from gsforget.export.device.key_places import ENVIRONMENT
 from gsforget.export.device.trust import Trust, read_rotation, rotate
 
 
@@ -68,14 +69,14 @@ def test_key_files_that_are_refused(tmp_path):
 
 def test_where_the_signing_key_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv(keys.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
     with pytest.raises(RequestError) as caught:
         keys.find_signing_key()
     assert (caught.value.kind, caught.value.hint) == ("no_key", "Make one: gsforget keys new.")
     homes = [tmp_path / "config" / "gsforget", tmp_path / "env", tmp_path / "given"]
     made = [keys.read_signing_key(keys.new_keys(h)[0]).key_id for h in homes]
     assert keys.find_signing_key().key_id == made[0]
-    monkeypatch.setenv(keys.ENVIRONMENT, str(homes[1] / "signing.key"))
+    monkeypatch.setenv(ENVIRONMENT, str(homes[1] / "signing.key"))
     assert keys.find_signing_key().key_id == made[1]
     assert keys.find_signing_key(homes[2] / "signing.key").key_id == made[2]
 
