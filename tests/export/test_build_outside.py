@@ -221,3 +221,57 @@ def test_tensors_hidden_in_nodes_are_found(tmp_path):
     assert read_tensors(path.read_bytes()) == {}
     with pytest.raises(SafetyError, match="secret"):
         check_outside(path, None)
+
+
+def field(number, value):
+    """A protobuf field, below 16: of bytes, or of a number below 128."""
+    if isinstance(value, int):
+        return bytes([number << 3, value])
+    size, length = len(value), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + value
+
+
+def disguised(entry):
+    """An ONNX model x + w, whose w lies in w.data by a location entry as it stands in the file."""
+    known = b"".join(field(13, field(1, k) + field(2, v)) for k, v in ((b"offset", b"0"), (b"length", b"16")))
+    w = field(1, 4) + field(2, 1) + field(8, b"w") + entry + known + field(14, 1)
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    raw = graph.SerializeToString()
+    model.ClearField("graph")
+    return model.SerializeToString() + field(7, raw + field(5, w))
+
+
+LOCATION = field(1, b"location") + field(2, b"w.data")
+DISGUISES = {
+    "key": field(13, LOCATION + field(1, 1)),  # the same field again, as a number, which readers pass over
+    "value": field(13, LOCATION + field(2, 1)),
+    "tag": b"\xea\x80\x80\x80\x10" + field(13, LOCATION)[1:],  # 13, and a bit that readers may cut off
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_location_that_onnx_runtime_follows_is_seen(tmp_path, disguise):
+    import onnxruntime
+
+    path = tmp_path / "m.onnx"
+    path.write_bytes(disguised(DISGUISES[disguise]))
+    (tmp_path / "w.data").write_bytes(np.full(4, 7, np.float32).tobytes())
+    found = onnxruntime.InferenceSession(str(path)).run(None, {"x": np.zeros(4, np.float32)})[0]
+    assert found.tolist() == [7] * 4
+    with pytest.raises((SafetyError, RequestError)) as refused:
+        check_outside(path, {})
+    assert refused.value.kind in ("bad_location", "bad_artifact")
+
+
+def test_a_file_nested_without_end_is_refused_in_a_sentence(tmp_path):
+    inner = b""
+    for _ in range(1000):
+        inner = field(1, field(5, field(6, inner)))  # a graph in an attribute of a node
+    (tmp_path / "m.onnx").write_bytes(field(7, inner))
+    with pytest.raises(RequestError) as refused:
+        outside_files(tmp_path / "m.onnx")
+    assert refused.value.kind == "bad_artifact"

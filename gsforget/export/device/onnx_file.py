@@ -19,6 +19,7 @@ INITIALIZER = 5  # of GraphProto
 NAME, RAW_DATA, EXTERNAL_DATA = 8, 9, 13  # of TensorProto
 KEY, VALUE = 1, 2  # of StringStringEntryProto
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+NUMBER = 0  # in place of the number of a field that holds a number: nothing here is one
 
 Data = mmap.mmap | bytes | memoryview
 Span = tuple[int, int]
@@ -86,7 +87,7 @@ def outside_files(path: Path) -> set[str]:
     try:
         with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return set(_locations(data, (0, len(data)), MODEL))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(
             f"{path} is not an ONNX file ({error}).", "Copy the file again, or export it again.", "bad_artifact"
         ) from error
@@ -135,10 +136,18 @@ def _text(data: Data, span: Span) -> str:
 
 
 def fields(data: Data, at: int, end: int) -> Iterator[tuple[int, Span]]:
-    """Field numbers of a message, and where in the data the value of each lies.  Raises ValueError for no message."""
+    """Field numbers of a message, and where in the data the value of each lies.
+
+    All that is read here is bytes.  A field that is stored as a number has the number ``NUMBER``, whatever it says itself: where
+    bytes are expected, a reader of protobuf passes over it, and must not see another value than we do.
+
+    Raises ValueError for no message, and for tags beyond 32 bits, which readers cut off.
+    """
     while at < end:
         key, at = _varint(data, at, end)
         kind = key & 7
+        if key >= 2**32:
+            raise ValueError(f"the field before byte {at} has a number that is none")
         if kind == BYTES:
             size, at = _varint(data, at, end)
         elif kind == VARINT:
@@ -149,7 +158,7 @@ def fields(data: Data, at: int, end: int) -> Iterator[tuple[int, Span]]:
             raise ValueError(f"byte {at} starts no field")
         if at + size > end:
             raise ValueError("it is cut off")
-        yield key >> 3, (at, at + size)
+        yield key >> 3 if kind == BYTES else NUMBER, (at, at + size)
         at += size
 
 
