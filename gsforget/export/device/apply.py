@@ -111,7 +111,7 @@ def open_device(
     while True:
         try:
             with folder.locked(0):
-                RollForward(folder, device).recover()
+                RollForward(folder, device, waits=False).recover()
                 state = folder.check()
                 if state is None:
                     raise _empty(folder.root)

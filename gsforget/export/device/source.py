@@ -35,8 +35,13 @@ class Source:
 
     def load(self) -> Predictor:
         """The newest model, after finishing what was begun.  Raises as ``open_device`` and ``open_model`` do."""
-        self._seen = self._mark()
-        found = open_device(self.path, self.device) if self.is_folder else open_model(self.path, self.device)
+        before, self._seen = self._seen, self._mark()
+        try:
+            found = open_device(self.path, self.device) if self.is_folder else open_model(self.path, self.device)
+        except RequestError as error:
+            if error.kind == "locked":  # what another process does there was not seen
+                self._seen = before
+            raise
         if found.info.task not in SERVED:
             raise RequestError(
                 f"{self.path} is a model of the task {found.info.task}, and servers answer for classifiers and detectors.",

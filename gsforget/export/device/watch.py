@@ -73,17 +73,23 @@ class Watcher:
     def look(self) -> list[dict[str, Any]]:
         """Look once, and answer what is complete and new: files that have not changed since the look before.
 
+        Nothing is answered while another process holds the device folder; the next look goes on.
+
         Returns the lines that were added.  Raises SafetyError where the device folder no longer fits itself.
         """
         now = {seen.path: seen for seen in self._find()}
         settled = [s for s in now.values() if s not in self._answered and self._before.get(s.path) == s]
         self._before = now
         lines: list[dict[str, Any]] = []
-        if not settled:
-            with self.source.answering():
-                self.source.follow(self.slot)  # also where nothing arrives, the old model does not stay loaded
-        for start in range(0, len(settled), self.batch_size):
-            lines += self._answer(settled[start : start + self.batch_size])
+        try:
+            if not settled:
+                with self.source.answering():
+                    self.source.follow(self.slot)  # also where nothing arrives, the old model does not stay loaded
+            for start in range(0, len(settled), self.batch_size):
+                lines += self._answer(settled[start : start + self.batch_size])
+        except RequestError as error:
+            if error.kind != "locked":  # an engine that is built again takes minutes
+                raise
         return lines
 
     @property

@@ -15,7 +15,7 @@ from PIL import Image
 
 from gsforget.errors import RequestError, SafetyError
 from gsforget.export.device import lock
-from gsforget.export.device.apply import apply
+from gsforget.export.device.apply import apply, open_device
 from gsforget.export.device.infer import classify
 from gsforget.export.device.runtime import open_model
 from gsforget.export.device.source import Source
@@ -206,6 +206,48 @@ def test_batches_that_follow_each_other_without_a_gap_do_not_keep_apply_waiting(
             time.sleep(0.01)
         stop.set()
     assert waited < 10, "a batch or two, on a machine that does other things as well"
+
+
+class Kill(BaseException):
+    pass
+
+
+def begin(patch, device, monkeypatch):
+    """Apply a package in a process that is killed after the intent record."""
+
+    def kill(*_):
+        raise Kill
+
+    with monkeypatch.context() as during:
+        during.setattr(DeviceFolder, "append", kill)
+        with pytest.raises(Kill):
+            apply(patch, device)
+
+
+def test_a_watcher_that_finishes_a_package_does_not_wait_for_itself(inbox, device, chain, monkeypatch):
+    watcher = Watcher(Source(device, "cpu"), inbox)
+    begin(chain.root / "patch-0001-fp32.gsf", device, monkeypatch)
+    monkeypatch.setattr(lock.wait_for_answers, "__defaults__", (20.0,))
+    start = time.monotonic()
+    watcher.look()
+    assert time.monotonic() - start < 10
+    assert watcher.slot.current.info.sequence == 1
+    assert not (device / "intent.json").exists()
+
+
+def test_nothing_is_answered_while_another_process_makes_a_model_and_then_by_that_one(
+    inbox, device, chain, monkeypatch
+):
+    watcher = Watcher(Source(device, "cpu"), inbox)
+    (inbox / "a.png").write_bytes(picture())
+    watcher.look()
+    begin(chain.root / "patch-0001-fp32.gsf", device, monkeypatch)
+    with monkeypatch.context() as during, lock.locked(device):
+        during.setattr(open_device, "__defaults__", (*open_device.__defaults__[:-1], 0.05))
+        for _ in range(3):
+            assert watcher.look() == []
+    assert lines(inbox) == []
+    assert [entry["sequence"] for entry in watcher.look()] == [1]
 
 
 def test_where_nothing_arrives_the_old_model_does_not_stay_loaded(inbox, device, chain):
