@@ -232,8 +232,9 @@ class _Call(RollForward):
             return None
         try:
             state = self.folder.check()
+            named = {a.before.sha256 for a in manifest.artifacts if a.before is not None}
             for held in state.artifacts if state is not None else ():
-                self.folder.check_artifact(held, whole=manifest.kind == "full")  # else `Edits.prepare` reads it all
+                self.folder.check_artifact(held, whole=held.sha256 not in named)  # else `Edits.prepare` reads it all
         except SafetyError:
             if manifest.kind != "full":
                 raise

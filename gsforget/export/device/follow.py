@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gsforget.errors import GsforgetError
+from gsforget.errors import GsforgetError, SafetyError
 from gsforget.export.device.builder import build_engine
 from gsforget.export.device.edit import mapped
 from gsforget.export.device.files import sha256, write_file, write_json
@@ -64,18 +64,21 @@ def next_name(engine: str, before: str, after: str) -> str:
     return f"{after.removesuffix('.onnx')}{label or '-trt'}.engine"
 
 
-def make_engine(folder: DeviceFolder, made: Made, old_onnx: str | None, manifest: Manifest) -> Followed:
+def make_engine(
+    folder: DeviceFolder, made: Made, base: Held | None, old_onnx: str | None, manifest: Manifest
+) -> Followed:
     """Make the engine that an intent record asks for, from its ONNX file, which is written and proven already.
 
     Args:
         made: the engine's new name, its ``base`` before, and the ``source`` that it is made from.
+        base: the engine before, as the ledger knows it; TensorRT is given no other bytes.
         old_onnx: the name of the ONNX file before; None: it came whole, and there is nothing to compare it with.
         manifest: of the package, verified.
 
     Raises OSError where it cannot be written; whatever TensorRT refuses destroys the engine instead, and says so.
     """
     path = folder.models / made.name
-    before = _Before.read(folder.models / str(made.base))
+    before = _Before.read(folder, base)
     reasons: list[str] = []
     trt = _tensorrt(before.sidecar, reasons)
     for how, make in (("refitted", _refit), ("built again", _build)):
@@ -145,15 +148,18 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class _Before:
-    """The engine before: its plan, None where it is gone, and its sidecar."""
+    """The engine before: its plan, None where it is gone or another, and its sidecar."""
 
     plan: bytes | None
     sidecar: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> _Before:
-        sidecar = read_sidecar(path) if path.is_file() else None
-        return cls(path.read_bytes() if sidecar is not None else None, sidecar or {})
+    def read(cls, folder: DeviceFolder, held: Held | None) -> _Before:
+        try:
+            path = folder.check_artifact(held) if held is not None else None
+        except SafetyError:
+            path = None
+        return cls(path.read_bytes(), read_sidecar(path) or {}) if path is not None else cls(None, {})
 
 
 def _tensorrt(sidecar: Mapping[str, Any], reasons: list[str]) -> Any | None:
@@ -238,4 +244,4 @@ def _said(error: Exception) -> str:
 
 
 def _list(reasons: Sequence[str]) -> str:
-    return "; ".join(dict.fromkeys(reasons)) or "the engine before is gone"
+    return "; ".join(dict.fromkeys(reasons)) or "the engine before is gone, or another one"

@@ -208,7 +208,8 @@ class RollForward:
                 folder.check_artifact(recorded)
             return Followed(recorded, "recorded", f"{made.name}: it was settled before the call was interrupted")
         onnx = next(one for one in intent.artifacts if one.name == made.source)
-        return make_engine(folder, made, onnx.base, manifest)
+        base = next((held for held in entries[-1].artifacts if held.name == made.base), None) if entries else None
+        return make_engine(folder, made, base, onnx.base, manifest)
 
     def _make(self, made: Made, artifact: PatchedArtifact, edits: Edits) -> Held:
         """Write one new artifact and its sidecar, unless it is there whole, and read it back."""

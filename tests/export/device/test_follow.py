@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device import builder, follow, targets, trt_run
+from gsforget.export.device import builder, follow, rollforward, targets, trt_run
 from gsforget.export.device.apply import apply, open_device
 from gsforget.export.device.engine import export_file
 from gsforget.export.device.files import sha256
@@ -203,7 +203,6 @@ def test_a_kill_at_any_step_of_an_engine_never_brings_the_old_model_back(device,
     class Kill(BaseException):
         pass
 
-    from gsforget.export.device import rollforward
     from gsforget.export.device.store import DeviceFolder
 
     places = [
@@ -258,6 +257,27 @@ def test_a_sidecar_that_was_changed_afterwards_makes_no_engine_follow(device, wo
         apply(world.patch(1), device)
     assert refused.value.kind == "hash_mismatch"
     assert not (device / "intent.json").exists()
+
+
+def test_an_engine_whose_bytes_are_others_is_never_opened(device, world, machine, monkeypatch, tmp_path):
+    trt, _ = machine()
+    begun = tmp_path / "begun"
+    shutil.copytree(device, begun)
+    monkeypatch.setattr(rollforward, "make_engine", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apply(world.patch(1), begun)
+    monkeypatch.undo(), machine()
+    for root in (device, begun):
+        engine = engine_of(root, 0, world)
+        raw = engine.read_bytes()
+        engine.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert open_device(begun, "cpu").info.sequence == 1
+    assert [p.suffix for p in (begun / "models").iterdir() if p.suffix != ".json"] == [".onnx"]
+    with pytest.raises(SafetyError) as refused:
+        apply(world.patch(1), device)
+    assert refused.value.kind == "hash_mismatch"
+    assert not (device / "intent.json").exists()
+    assert (trt.refits, trt.builds) == ([], 1)
 
 
 @pytest.mark.parametrize(
