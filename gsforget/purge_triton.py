@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gsforget.errors import GsforgetError
-from gsforget.export.device.triton import model_of, read_record, versions
+from gsforget.export.device.triton import CONFIG, left_over, model_of, read_record, versions
 
 ARTIFACTS = "artifacts"
 
@@ -49,16 +49,15 @@ def find_served(runs: Iterable[Path], model_id: str, sequence: int) -> Served:
             )
             continue
         for model in models:
-            older = [n for n in versions(model) if n < sequence]
+            all_of = [*((n, model / str(n)) for n in versions(model)), *left_over(model)]
+            older = [(n, folder) for n, folder in all_of if n < sequence]
             if not older:
                 continue
-            for n in older:
-                found.files += [
-                    (p, f"version {n} of a Triton model, from before an erasure") for p in _files(model / str(n))
-                ]
-                inner = [p for p in (model / str(n)).rglob("*") if p.is_dir() and not p.is_symlink()]
-                found.folders += [*sorted(inner, reverse=True), model / str(n)]
-            if older == versions(model):  # nothing is left to serve; its labels name what was erased since
+            for n, folder in older:
+                found.files += [(p, f"version {n} of a Triton model, from before an erasure") for p in _files(folder)]
+                inner = [p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()]
+                found.folders += [*sorted(inner, reverse=True), folder]
+            if older == all_of:  # nothing is left to serve; its labels name what was erased since
                 found.files += [
                     (p, "what described a Triton model from before an erasure") for p in _files(model, False)
                 ]
@@ -83,6 +82,10 @@ def _repositories(runs: Iterable[Path], found: Served) -> list[Path]:
 
 
 def _files(folder: Path, below: bool = True) -> list[Path]:
-    """Files and links in a folder, in those below it too; sidecars after what they describe."""
+    """Files and links in a folder, in those below it too; sidecars after what they describe.
+
+    Last of all comes what says whose model it is: after a kill, the next purge finds the rest by it.
+    """
     inside = folder.rglob("*") if below else folder.iterdir()
-    return sorted((p for p in inside if p.is_symlink() or not p.is_dir()), key=lambda p: (p.suffix == ".json", str(p)))
+    files = (p for p in inside if p.is_symlink() or not p.is_dir())
+    return sorted(files, key=lambda p: (p.name == CONFIG, p.suffix == ".json", str(p)))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,45 @@ def test_a_version_beside_a_newer_one_goes_and_the_newer_stays(runs, publish):
     shutil.copytree(model / "2", model / "1")  # as a restored backup leaves it
     carry_out(second)
     assert sorted(p.name for p in model.iterdir()) == ["2", "config.pbtxt", "labels.txt"]
+
+
+class Kill(BaseException):
+    pass
+
+
+def kill(*_):
+    raise Kill
+
+
+def test_a_purge_that_was_killed_is_finished_by_the_next(runs, publish, monkeypatch):
+    _, first, second = runs
+    stale = publish(first, "fp32")
+    publish(second)
+    for last in range(1, 4):
+        made = purge.plan(second)
+        served = [item.path for item in made.items if item.path.is_relative_to(stale)]
+        with monkeypatch.context() as during:
+            remove = purge._remove
+            during.setattr(purge, "_remove", lambda item: kill() if item.path == served[1] else remove(item))  # noqa: B023
+            with pytest.raises(Kill):
+                purge.purge(made)
+        assert len([p for p in stale.rglob("*") if p.is_file()]) == 4 - last
+    carry_out(second)
+    assert not stale.exists()
+
+
+def test_what_a_killed_export_left_goes_as_well(runs, publish, monkeypatch):
+    _, first, second = runs
+    model = publish(first)
+    with monkeypatch.context() as during:
+        rename = Path.rename
+        during.setattr(Path, "rename", lambda p, to: kill() if p.name == ".1-partial" else rename(p, to))
+        with pytest.raises(Kill):
+            publish(first)
+    assert sorted(p.name for p in model.iterdir()) == [".1-old", ".1-partial", "config.pbtxt", "labels.txt"]
+    publish(second, "fp32")
+    carry_out(second)
+    assert not model.exists()
 
 
 def test_what_only_an_earlier_run_was_published_in_is_named_and_goes_with_the_chain(runs, publish):

@@ -119,8 +119,8 @@ def publish(
     folder, version = repository / served.name, served.info.sequence
     folder.mkdir(parents=True, exist_ok=True)
     partial, replaced, final = folder / f".{version}-partial", folder / f".{version}-old", folder / str(version)
-    for left_over in folder.glob(".*-*"):
-        shutil.rmtree(left_over)
+    for _, path in left_over(folder):
+        shutil.rmtree(path)
     # Triton wants a model of several files in a folder of the model's name.
     inside = partial / served.file if data else partial
     inside.mkdir(parents=True)
@@ -224,6 +224,12 @@ def versions(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("[1-9][0-9]*", p.name) and p.is_dir())
+
+
+def left_over(folder: Path) -> list[tuple[int, Path]]:
+    """What an export left that was killed while it published: folders with weights, and their version."""
+    named = ((re.fullmatch(r"\.([1-9][0-9]*)-(partial|old)", p.name), p) for p in sorted(folder.iterdir()))
+    return [(int(found[1]), p) for found, p in named if found and p.is_dir()]
 
 
 def _older(repository: Path, served: Served) -> list[str]:
