@@ -47,7 +47,7 @@ SHOWS_IMAGES = (
 )
 ALWAYS = (
     "artifacts that were exported to other folders, engines and models that are already on devices, and Triton repositories "
-    "that were filled on another machine",
+    "that were filled from such artifacts or on another machine",
     "patches that were sent out or are on devices: with the model after it, a patch gives most of the model before; a "
     "device deletes its copy once it has applied it",
     "backups, snapshots and copies of any of these files",
@@ -201,8 +201,7 @@ def _list_served(made: Plan, earlier: Sequence[Path], entries: Sequence[dict[str
     made.folders.extend(served.folders)
     made.out_of_reach.extend(served.out_of_reach)
     if not chain:
-        listed = {path for path, _ in served.files}
-        left = {path.parent for path, _ in find_served(earlier, model_id, sequence).files if path not in listed}
+        left = {*find_served(earlier, model_id, sequence).folders} - {*served.folders}
         made.out_of_reach.extend(
             f"{folder}, a Triton model from before the erasure: --chain purges it as well"
             for folder in sorted(left)

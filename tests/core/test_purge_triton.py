@@ -32,8 +32,8 @@ def publish(repository, tmp_path):
         artifact.write_bytes(f"{precision} {sequence}".encode())
         for path in data:
             path.write_bytes(b"weights")
-        done = triton.publish(repository, served, artifact, {"source_sha256": sha256(run / WEIGHTS)}, data)
-        triton.note(run / "artifacts", repository, done)
+        triton.note(run / "artifacts", repository, served)
+        triton.publish(repository, served, artifact, {"source_sha256": sha256(run / WEIGHTS)}, data)
         return repository / served.name
 
     return put
@@ -110,9 +110,10 @@ def test_what_a_killed_export_left_goes_as_well(runs, publish, monkeypatch):
     assert not model.exists()
 
 
-def test_what_only_an_earlier_run_was_published_in_is_named_and_goes_with_the_chain(runs, publish):
+@pytest.mark.parametrize("names", [[], ["beside.data"]])
+def test_what_only_an_earlier_run_was_published_in_is_named_and_goes_with_the_chain(runs, publish, tmp_path, names):
     _, first, second = runs
-    model = publish(first)
+    model = publish(first, data=[tmp_path / name for name in names])
     made = carry_out(second)
     assert model.exists()
     assert any(str(model / "1") in s and "--chain" in s for s in made.out_of_reach)

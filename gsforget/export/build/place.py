@@ -70,6 +70,5 @@ class Repository:
 
         file, content = published[self.served.kind]
         data = [file.with_name(name) for name in content.get("data_files", ())]
-        done = publish(self.path, self.served, file, content, data)
-        note(file.parent, self.path, done)
-        return done
+        note(file.parent, self.path, self.served)
+        return publish(self.path, self.served, file, content, data)

@@ -73,8 +73,9 @@ def export_file(
     repository = Path(triton_repo) if triton_repo is not None else None
     if not trt and repository is not None:
         served = triton.Served("onnx", source.info, sizes)
+        triton.check(repository, served)
+        _note(path.parent, repository, served, document)
         document["triton"] = triton.publish(repository, served, path, source.content, source.data)
-        _note(path.parent, repository, document)
         return document
     plan = choose(backend, tuple(targets), source.info.precision)
     if repository is not None:
@@ -87,15 +88,15 @@ def export_file(
     document["not_tested"].append(NOT_RUN)
     if repository is not None:
         served = triton.Served("engine", info, sizes, plan.backend, content["input_type"])
+        _note(place, repository, served, document)
         document["triton"] = triton.publish(repository, served, engine, content)
-        _note(place, repository, document)
     return document
 
 
-def _note(place: Path, repository: Path, document: dict[str, Any]) -> None:
+def _note(place: Path, repository: Path, served: triton.Served, document: dict[str, Any]) -> None:
     try:
-        triton.note(place, repository, document["triton"])
-    except OSError as error:  # a folder that may only be read; the model is published
+        triton.note(place, repository, served)
+    except OSError as error:  # a folder that may only be read; the model is published all the same
         document["not_tested"].append(f"where it was published could not be noted in {place} ({error.strerror})")
 
 

@@ -147,16 +147,14 @@ def publish(
     }
 
 
-def note(place: Path, repository: Path, published: Mapping[str, Any]) -> None:
-    """Note beside the artifacts in a folder where one of them was published, so that a purge finds it; each place once.
+def note(place: Path, repository: Path, served: Served) -> None:
+    """Note in the folder of an artifact where it goes, so that a purge finds it; each place once, and before ``publish``.
 
-    Args:
-        place: the folder of the artifacts.
-        published: what ``publish`` returned.
+    Raises RequestError as ``read_record``.
     """
-    entry = {"repository": str(repository.resolve()), "model": published["model"]}
+    entry = {"repository": str(repository.resolve()), "model": served.name}
     known = [e for e in read_record(place) if {k: e.get(k) for k in entry} != entry]
-    content = {"format": 1, "published": [*known, {**entry, "version": published["version"]}]}
+    content = {"format": 1, "published": [*known, {**entry, "version": served.info.sequence}]}
     write_file(place / RECORD, json.dumps(content, indent=2) + "\n")
 
 
