@@ -15,7 +15,7 @@ from typing import Any
 
 from gsforget.canonical import canonical
 from gsforget.errors import RequestError, SafetyError
-from gsforget.export.device.counters import AckFolder
+from gsforget.export.device.counters import AckFolder, Acknowledge, RollbackCounter
 from gsforget.export.device.files import flush_folder, read_json, write_json
 from gsforget.export.device.keys import DEVICE, PublicKey, SigningKey, device_key, raw_public
 from gsforget.export.device.records import State
@@ -78,19 +78,34 @@ def tell(folder: DeviceFolder, state: State) -> None:
     told.applied(sign(state, device_key(folder.root)))
 
 
-def report(root: str | Path, nonce: str) -> dict[str, Any]:
-    """A device's answer to a server that asks what it holds now; signed.  The folder is checked first, and finished.
+def report(
+    root: str | Path,
+    nonce: str,
+    counter: RollbackCounter | None = None,
+    acknowledge: Acknowledge | None = None,
+) -> dict[str, Any]:
+    """A device's answer to a server that asks what it holds now; signed.
+
+    The folder is finished and checked first, and all its files are compared with their hashes.
+
+    Args:
+        counter, acknowledge: as of `apply`.
 
     Raises RequestError ``empty_device``, SafetyError as `apply.open_device` does.
     """
+    from gsforget.export.device.apply import empty_device
     from gsforget.export.device.rollforward import RollForward
 
-    folder = DeviceFolder(root)
+    folder = DeviceFolder(root, counter, acknowledge)
+    if not folder.root.is_dir():
+        raise empty_device(folder.root)
     with folder.locked():
         RollForward(folder).recover()
         state = folder.check()
         if state is None:
-            raise RequestError(f"{root} holds no model.", "Install one first: gsforget apply.", "empty_device")
+            raise empty_device(folder.root)
+        for held in state.artifacts:
+            folder.check_artifact(held)
         return sign(state, device_key(folder.root), nonce)
 
 

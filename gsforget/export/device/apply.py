@@ -82,7 +82,7 @@ def apply(
     exports = [check_artifact(p) for p in paths] if installs else []
     package = None if installs else read_package(paths[0])
     if package is not None and package.manifest.kind == "patch" and not call.folder.root.is_dir():
-        raise _empty(call.folder.root)
+        raise empty_device(call.folder.root)
     call.folder.root.mkdir(parents=True, exist_ok=True)
     with call.folder.locked(wait):
         trusted = call.folder.trust().add(key) if key else call.folder.trust()
@@ -106,7 +106,7 @@ def open_device(
     """
     folder = DeviceFolder(root, counter, acknowledge)
     if not folder.root.is_dir():
-        raise _empty(folder.root)
+        raise empty_device(folder.root)
     until = time.monotonic() + wait
     while True:
         try:
@@ -114,7 +114,7 @@ def open_device(
                 RollForward(folder, device, waits=False).recover()
                 state = folder.check()
                 if state is None:
-                    raise _empty(folder.root)
+                    raise empty_device(folder.root)
                 return load(folder, state, device)
         except RequestError as error:
             if error.kind != "locked" or time.monotonic() >= until:
@@ -257,7 +257,7 @@ class _Call(RollForward):
                 raise _rollback(package.path, manifest.sequence, floor)
             return
         if state is None:
-            raise _empty(folder.root)
+            raise empty_device(folder.root)
         if manifest.sequence <= floor:
             raise _rollback(package.path, manifest.sequence, floor)
         if manifest.requires != state.sequence:
@@ -340,7 +340,8 @@ class _Call(RollForward):
             )
 
 
-def _empty(root: Path) -> RequestError:
+def empty_device(root: Path) -> RequestError:
+    """What a folder without a model is refused with."""
     return RequestError(
         f"{root} holds no model.",
         f"Install one first: gsforget apply MODEL.onnx --device-dir {root} --trust signing.pub.json",

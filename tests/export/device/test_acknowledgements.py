@@ -136,10 +136,29 @@ def test_a_disk_that_was_set_back_is_found_by_asking(told, patches, register, tm
 
 def test_a_report_is_of_a_folder_that_fits_itself(told, patches, tmp_path):
     refused("empty_device", report, tmp_path, question())
+    refused("empty_device", report, tmp_path / "none", question())
     apply(patches[0], told)
+    (model,) = (told / "models").glob("*.onnx")
+    raw = model.read_bytes()
+    model.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    refused("hash_mismatch", report, told, question())
+    model.write_bytes(raw)
     (told / "ledger.jsonl").write_text("")
     with pytest.raises(SafetyError):
         report(told, question())
+
+
+def test_a_report_asks_the_device_s_counter_as_well(told, patches):
+    class Counter:
+        def read(self, model_id):
+            return 2
+
+        def advance(self, model_id, sequence):
+            pass
+
+    apply(patches[0], told)
+    assert report(told, question())["sequence"] == 1
+    refused("rollback", report, told, question(), counter=Counter())
 
 
 def test_a_key_that_was_cut_off_is_made_again(told, patches):
