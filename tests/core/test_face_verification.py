@@ -176,7 +176,9 @@ def test_what_one_image_cannot_show_is_said():
     kept = np.ones(len(people.identities), bool)
     for k in (5, 6):
         kept[np.flatnonzero(people.identities == k)[1:]] = False
-    alone = open_set(People(people.embeddings[kept], people.identities[kept], people.groups))
+    groups = {**people.groups, "forget": [5], "old": [6]}
+    alone = open_set(People(people.embeddings[kept], people.identities[kept], groups))
     said = FaceFigures(alone, alone, []).not_tested()
+    assert any("the earlier forgotten people: nobody of them has two test images" in text for text in said)
     assert any("the forgotten people: nobody of them has two test images" in text for text in said)
     assert not any("--never-seen" in text for text in said)

@@ -199,9 +199,10 @@ class FaceFigures:
 
     def not_tested(self) -> list[str]:
         said = [FACES]
+        groups = {"forget": "the forgotten", "old": "the earlier forgotten", "never_seen": "the never-seen"}
         alone = [
-            title
-            for group, title in (("forget", "the forgotten people"), ("never_seen", "the never-seen people"))
+            f"{title} people"
+            for group, title in groups.items()
             if group in self.after.mistaken and not len(self.after.genuine[group][0])
         ]
         said += [ONE_IMAGE.format(title) for title in alone]
