@@ -26,7 +26,7 @@ from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import sidecar_path
 from gsforget.export.device.opening import load, try_out
 from gsforget.export.device.package import Package, read_package, verify
-from gsforget.export.device.records import Intent, Made, State
+from gsforget.export.device.records import Held, Intent, Made, State
 from gsforget.export.device.rollforward import Applied, RollForward, Swap, is_done, open_base
 from gsforget.export.device.runtime import SUFFIXES, Predictor, check_artifact
 from gsforget.export.device.store import REPAIR, DeviceFolder, file_sha256
@@ -274,6 +274,14 @@ class _Call(RollForward):
 
         Engines of standard TensorRT, which no package names, are made from their ONNX files; they come last.
         """
+        in_use = {held.name.casefold() for held in state.artifacts} if state is not None else set()
+        taken = in_use | {artifact.name.casefold() for artifact in manifest.artifacts}
+
+        def follow(engine: Held, source: Held, new: str) -> Made:
+            name = next_name(engine.name, source.name, new, taken)
+            taken.add(name.casefold())
+            return Made(name, engine.name, new)
+
         if manifest.kind == "full" or state is None:
             artifacts, made = list(manifest.artifacts), [Made(a.name, None) for a in manifest.artifacts]
             whole = next((a for a in artifacts if a.kind == "onnx"), None)
@@ -281,7 +289,7 @@ class _Call(RollForward):
             for held in known:
                 source = source_of(self.folder, held, known)
                 if source is not None and whole is not None:
-                    made.append(Made(next_name(held.name, source.name, whole.name), held.name, whole.name))
+                    made.append(follow(held, source, whole.name))
         else:
             by_base = {(a.kind, a.before.sha256): a for a in manifest.artifacts if a.before is not None}
             artifacts, made, following = [], [], []
@@ -296,9 +304,8 @@ class _Call(RollForward):
                 if source is None or new is None:
                     message = f"{package.path} does not know {held.name} of this device (SHA-256 {held.sha256[:12]}…)."
                     raise SafetyError(message, REPAIR, "wrong_base")
-                following.append(Made(next_name(held.name, source.name, new.name), held.name, new.name))
+                following.append(follow(held, source, new.name))
             made += following
-        in_use = {held.name.casefold() for held in state.artifacts} if state is not None else set()
         new_names = [m.name.casefold() for m in made]
         clash = [m.name for m in made if m.name.casefold() in in_use or new_names.count(m.name.casefold()) > 1]
         if clash:

@@ -8,8 +8,9 @@ before is opened for the refit and never answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,17 @@ def find_source(sidecar: Mapping[str, Any], artifacts: Sequence[Held]) -> Held |
     return next((a for a in artifacts if a.kind == "onnx" and a.sha256 == sidecar.get("onnx_sha256")), None)
 
 
-def next_name(engine: str, before: str, after: str) -> str:
-    """The engine's name after an erasure, by the names of its ONNX file before and after."""
+def next_name(engine: str, before: str, after: str, taken: Collection[str] = ()) -> str:
+    """The engine's name after an erasure, by the names of its ONNX file before and after.
+
+    Args:
+        taken: names that others have, in lower case: two engines that were renamed by hand must not end as one.
+    """
     stem = before.removesuffix(".onnx")
     label = engine.removesuffix(".engine").removeprefix(stem) if engine.startswith(stem) else "-trt"
-    return f"{after.removesuffix('.onnx')}{label or '-trt'}.engine"
+    start = f"{after.removesuffix('.onnx')}{label or '-trt'}"
+    names = (f"{start}{more}.engine" for more in chain([""], (f"-{n}" for n in count(2))))
+    return next(name for name in names if name.casefold() not in taken)
 
 
 def make_engine(

@@ -280,6 +280,23 @@ def test_an_engine_whose_bytes_are_others_is_never_opened(device, world, machine
     assert (trt.refits, trt.builds) == ([], 1)
 
 
+def test_two_engines_that_were_renamed_both_follow(world, machine, tmp_path):
+    trt, _ = machine()
+    made = export_file(world.artifact(0), trt=True, backend="trt", out=tmp_path / "built")["artifacts"][0]["path"]
+    engines = [tmp_path / "mine.engine", tmp_path / "yours.engine"]
+    for path in engines:
+        shutil.copy(made, path)
+        shutil.copy(f"{made}.json", f"{path}.json")
+    apply([world.artifact(0), *engines], tmp_path / "device", trust=world.public)
+    for sequence in (1, 2):
+        apply(world.patch(sequence), tmp_path / "device")
+        found = sorted((tmp_path / "device" / "models").glob("*.engine"))
+        start = f"model-{sequence:04d}-{world.precision}-trt"
+        assert [p.name for p in found] == [f"{start}-2.engine", f"{start}.engine"]
+        assert all(same(weights_of(p), expected(world, sequence)) for p in found)
+    assert (trt.builds, len(trt.refits)) == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("engine", "before", "after", "name"),
     [
