@@ -224,6 +224,10 @@ def test_kernel_times_are_kept_per_version_and_gpu(tensorrt, tmp_path):
     kept.write_bytes(b"damaged")
     build()
     assert (trt.given_cache, kept.read_bytes()) == (b"", b"more kernel times")
+    kept.unlink()
+    kept.symlink_to("/proc/self/mem")  # a file that cannot be read, also by root
+    build()
+    assert trt.given_cache == b""
     trt.__version__ = "11.4.1"
     build()
     assert len(list(kept.parent.iterdir())) == 2

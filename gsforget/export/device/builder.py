@@ -145,7 +145,7 @@ def user_cache() -> Path:
 class _TimingCache:
     """Measured kernel times, kept per TensorRT version and GPU: the next build for this machine takes seconds.
 
-    It holds times of kernels and no weights.  A file that the builder does not take is as good as none.
+    It holds times of kernels and no weights.  A file that cannot be read, or that the builder does not take, is as good as none.
     """
 
     def __init__(self, trt: Any, settings: Any):
@@ -156,8 +156,8 @@ class _TimingCache:
         self.used = False
         if not hasattr(settings, "create_timing_cache"):
             return
-        if self.path.is_file():
-            self.stored = self.path.read_bytes()
+        with contextlib.suppress(OSError):  # on a device, no erasure stops at it
+            self.stored = self.path.read_bytes() if self.path.is_file() else b""
         for raw in dict.fromkeys((self.stored, b"")):
             cache = settings.create_timing_cache(raw)
             if cache is not None and settings.set_timing_cache(cache, ignore_mismatch=False):
