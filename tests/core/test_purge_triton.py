@@ -110,6 +110,20 @@ def test_what_a_killed_export_left_goes_as_well(runs, publish, monkeypatch):
     assert not model.exists()
 
 
+def test_what_a_first_export_left_that_was_killed_is_known_as_ours(runs, publish, repository, monkeypatch):
+    _, first, second = runs
+    for run in (first, second):
+        with monkeypatch.context() as during:
+            copy = triton._copy
+            during.setattr(triton, "_copy", lambda source, target, copy=copy: (copy(source, target), kill()))
+            with pytest.raises(Kill):
+                publish(run, "fp16" if run == first else "fp32")
+    (left,) = repository.glob("model-fp16-onnx/.1-partial")
+    carry_out(second, chain=True)
+    assert not left.parent.exists()
+    assert (publish(second, "fp32") / "2").is_dir()
+
+
 @pytest.mark.parametrize("names", [[], ["beside.data"]])
 def test_what_only_an_earlier_run_was_published_in_is_named_and_goes_with_the_chain(runs, publish, tmp_path, names):
     _, first, second = runs

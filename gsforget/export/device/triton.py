@@ -118,6 +118,8 @@ def publish(
     check(repository, served)
     folder, version = repository / served.name, served.info.sequence
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).exists():  # so that what a kill leaves is known as this model's
+        write_file(folder / CONFIG, config(served))
     partial, replaced, final = folder / f".{version}-partial", folder / f".{version}-old", folder / str(version)
     for _, path in left_over(folder):
         shutil.rmtree(path)
