@@ -2,8 +2,8 @@
 
 Nobody else can make them: they are built for one GPU, on it, and no two builds need have the same bytes.  So a patch names
 the ONNX file alone, whose result is proven by its hash, and the engine is fed from it: refitted with exactly the tensors
-that differ, else built again, else destroyed.  Whatever came of it must give the package's known answers.  The engine
-before is opened for the refit and never answers.
+that differ, else built again, else destroyed.  Whatever came of it must give the package's known answers; one that was built
+again and cannot be asked is kept, which is said.  The engine before is opened for the refit and never answers.
 """
 
 from __future__ import annotations
