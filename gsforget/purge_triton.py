@@ -6,6 +6,7 @@ the same chain with fewer erasures is found, whichever run put it there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,12 @@ def find_served(runs: Iterable[Path], model_id: str, sequence: int) -> Served:
             if not older:
                 continue
             for n, folder in older:
-                found.files += [(p, f"version {n} of a Triton model, from before an erasure") for p in _files(folder)]
+                why = f"version {n} of a Triton model, from before an erasure"
+                if folder.is_symlink():
+                    found.files.append((folder, why))
+                    found.out_of_reach.append(f"what {folder} points to ({os.readlink(folder)})")
+                    continue
+                found.files += [(p, why) for p in _files(folder)]
                 inner = [p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink()]
                 found.folders += [*sorted(inner, reverse=True), folder]
             if older == all_of:  # nothing is left to serve; its labels name what was erased since

@@ -71,6 +71,17 @@ def test_a_version_beside_a_newer_one_goes_and_the_newer_stays(runs, publish):
     assert sorted(p.name for p in model.iterdir()) == ["2", "config.pbtxt", "labels.txt"]
 
 
+def test_links_are_not_followed(runs, publish, tmp_path):
+    _, first, second = runs
+    model, elsewhere = publish(first), tmp_path / "elsewhere"
+    (model / "1").rename(elsewhere)
+    (model / "1").symlink_to(elsewhere)
+    made = carry_out(second, chain=True)
+    assert not model.exists()
+    assert (elsewhere / "model.onnx").exists()
+    assert any(f"what {model / '1'} points to ({elsewhere})" in sentence for sentence in made.out_of_reach)
+
+
 class Kill(BaseException):
     pass
 
