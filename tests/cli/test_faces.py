@@ -312,6 +312,12 @@ def test_an_audit_of_a_model_that_forgot_nobody(face_world, cli, tmp_path):
     assert not any(c["name"] == "retain_tar_drop" for c in here.document["checks"])
 
 
+def test_an_audit_of_people_takes_no_other_model_to_compare_with(face_world, cli, tmp_path):
+    args = ("audit", face_world.model, "--data", face_world.data, "--classes", "bob", "--reference", face_world.model)
+    refused = cli(tmp_path, *args, "--device", "cpu")
+    assert (refused.status, refused.document["error"]["kind"]) == (2, "face_reference")
+
+
 def test_who_has_one_image_can_be_forgotten_and_no_figure_is_made_up(face_world, cli, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(face_world.data, data)

@@ -15,6 +15,7 @@ from gsforget.data import ImageFolder, ImageSet, Split, manifest_sha256
 from gsforget.gates import evaluate_gates
 from gsforget.metrics import per_class
 from gsforget.predict import pick_device
+from gsforget.request import refuse
 from gsforget.source import Source, load_source
 from gsforget.tasks.face.data import open_data, stranger_images, strangers
 from gsforget.tasks.face.evidence import FACES, GALLERY, FaceFigures, OpenSet, People, open_set
@@ -37,9 +38,15 @@ def audit(ask: Ask, devices: Devices, out: Path | None, say: Callable[[str], Non
         The document as `gsforget audit` has it, erased people under their own names; `shown` hides them.
 
     Raises:
-        RequestError: arguments or data do not fit; ``faces_need_a_folder`` for an exported file.
+        RequestError: arguments or data do not fit; ``face_reference``; ``faces_need_a_folder`` for an exported file.
     """
     assert ask.target is not None
+    refuse(
+        {"--reference": ask.reference},
+        "{} is about classifiers and detectors; people are compared with people whom the model never saw.",
+        "Leave out {}; give --never-seen A,B.",
+        "face_reference",
+    )
     case = FolderAudit(ask, load_source(str(ask.target), trust_code=ask.trust_code), NOBODY)
     subject, forget, old, retained = case.subject, case.forget, case.old, case.retained
     data = open_data(ask.data, subject.names, list(subject.erased.values()), ask.never_seen, ask.annotations)
