@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +55,9 @@ class Run:
     programs=st.integers(1, 3),
     level=st.sampled_from([0.0, 0.3, 1.0]),
 )
+@example(
+    seed=5931, lengths=[1], metric="euclidean", programs=3, level=1.0
+)  # rounding leaves next to nothing, or nothing
 @settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes here
 def test_equals_the_truth(seed, lengths, metric, programs, level):
     run = Run(seed, lengths, steps=2)
@@ -68,7 +71,8 @@ def test_equals_the_truth(seed, lengths, metric, programs, level):
     torch.testing.assert_close(got[3].norms[~close], want[3].norms[~close], rtol=2e-5, atol=1e-6)
     alive = group_sum(got[0].double().abs(), run.lengths) > 0
     assert torch.equal(alive[~close], (group_sum(want[0].abs(), run.lengths) > 0)[~close])
-    torch.testing.assert_close(got[3].critical, want[3].critical, rtol=1e-3, atol=1e-6)
+    # A norm over the rate: what a factor is off by rounding counts a hundred times there.
+    torch.testing.assert_close(got[3].critical, want[3].critical, rtol=1e-3, atol=1e-6 / 1e-2)
     assert got[3].alive == (got[3].norms != 0).sum()
 
 
