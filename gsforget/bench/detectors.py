@@ -10,7 +10,7 @@ import functools
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.bench.protocols import ORDER_SEED, Protocol, make_protocol
-from gsforget.bench.run import BENCH, MODELS, code_sha256
-from gsforget.bench.store import Cell, Store
+from gsforget.bench.run import BENCH, code_sha256
+from gsforget.bench.store import Cell, Say, Store
 from gsforget.errors import RequestError
-from gsforget.folder import WEIGHTS, is_model_folder, sha256
+from gsforget.folder import WEIGHTS, sha256
 from gsforget.request import METHODS, Request, Thresholds
 from gsforget.training import Settings
 
@@ -42,7 +42,6 @@ LIMITS = {
 FIGURES = [
     f"{who}_{f}_{when}" for who in ("forget", "retain", "old") for f in ("ap", "ap50") for when in ("before", "after")
 ]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,14 @@ class DetectorBench:
             )
         self.out.mkdir(parents=True, exist_ok=True)
         store = Store(self.out / BENCH, self._setting())
-        for key in [k for k in store.content["cells"] if k.rsplit("/", 2)[0] in again]:
-            store.drop("cells", key)
-        cells = store.content["cells"].items()
-        older = [
-            m.name
-            for m in methods
-            if any(k.startswith(f"{m.name}/") and c.get("code_sha256") not in (None, code_sha256(m)) for k, c in cells)
-        ]
+        for name in again:
+            store.drop_method(name)
+        older = [m.name for m in methods if store.is_older(m.name, code_sha256(m))]
+        steps = [self.protocol.step(n) for n in range(len(self.protocol.requests))]
         for seed in range(self.seeds):
             for method in methods:
-                self._chain(store, method, seed)
+                measure = functools.partial(self._cell, method, seed)
+                store.chain(method.name, seed, steps, self.out, self.say, measure)
         return store.content, older
 
     def _setting(self) -> dict[str, Any]:
@@ -101,24 +97,6 @@ class DetectorBench:
             "train_sha256": self.scenes.train.sha256,
             "test_sha256": self.scenes.test.sha256,
         }
-
-    def _chain(self, store: Store, method: Method, seed: int) -> None:
-        """One seed, request by request; where a run is gone that the next request starts from, it is made again."""
-        place = self.out / MODELS / method.name / str(seed)
-        count = len(self.protocol.requests)
-        keys = [f"{method.name}/{seed}/{n}" for n in range(count)]
-        first = next((n for n, key in enumerate(keys) if key not in store.content["cells"]), count)
-        while 0 < first < count and not is_model_folder(place / str(first - 1)):
-            if "failed" in store.content["cells"][keys[first - 1]]:
-                return
-            first -= 1
-            store.drop("cells", keys[first])
-        for n in range(first, count):
-            self.say(f"{method.name}: seed {seed}, {self.protocol.step(n)}")
-            before = place / str(n - 1) if n else None
-            measure = functools.partial(self._cell, method, seed, n, before, place / str(n))
-            if "failed" in store.cell("cells", keys[n], measure):
-                return
 
     def _cell(self, method: Method, seed: int, n: int, before: Path | None, after: Path) -> Cell:
         from gsforget import forgetting

@@ -141,8 +141,8 @@ def run_bench(
     made = make_protocol(protocol, config.num_classes, shots, missing)
     bench = Bench(folder, images, train, test, made, options, where, pick_device(device), say)
     for name in again:
-        bench.forget_method(name)
-    changed = [m.name for m in chosen if bench.measured_with(m.name) not in (set(), {code_sha256(m)})]
+        bench.store.drop_method(name)
+    changed = [m.name for m in chosen if bench.store.is_older(m.name, code_sha256(m))]
     content = bench.run(chosen)
     return {**write(content, where, recipe), "older_code": changed}
 

@@ -24,11 +24,11 @@ import torch
 from gsforget.audit.relearn import steps_to
 from gsforget.baselines.base import BaselineRequest, Method, Result
 from gsforget.bench.measure import LIMITS, Judge, Leak, Look, Stage, stages
-from gsforget.bench.store import Cell, Store
+from gsforget.bench.store import Cell, Say, Store
 from gsforget.bench.subject import open_subject, stored_names
 from gsforget.data import few_shot, manifest_sha256, split_validation
 from gsforget.errors import GsforgetError, RequestError
-from gsforget.folder import WEIGHTS, is_model_folder, save_model, sha256
+from gsforget.folder import WEIGHTS, save_model, sha256
 from gsforget.lora.blocks import as_logits
 from gsforget.metrics import confusion_matrix, h_mean, of_classes, plausibility, predict
 from gsforget.views import Some
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 ROOM, BASE = "gsforget.baselines.", "gsforget.baselines.base"
 BENCH = "bench.json"
-MODELS = "models"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -109,22 +107,12 @@ class Bench:
         """Measure what is missing; returns the content of `bench.json`."""
         self._references()
         chosen = {method.name: self._tune(method) for method in methods}
+        steps = [self.protocol.step(n) for n in range(len(self.stages))]
         for seed in range(self.options.seeds):
             for method in methods:
-                self._chain(method, chosen[method.name], seed)
+                measure = functools.partial(self._cell, method, chosen[method.name], seed)
+                self.store.chain(method.name, seed, steps, self.out, self.say, measure)
         return self.store.content
-
-    def forget_method(self, name: str) -> None:
-        """Drop the cells of a method, so that it is measured anew."""
-        for part in ("tuning", "cells"):
-            for key in [k for k in self.store.content[part] if k.startswith(f"{name}/")]:
-                self.store.drop(part, key)
-        self.store.save()
-
-    def measured_with(self, name: str) -> set[str]:
-        """Hashes of the code by which the stored cells of a method were measured."""
-        cells = self.store.content["cells"].items()
-        return {c["code_sha256"] for key, c in cells if key.startswith(f"{name}/") and "code_sha256" in c}
 
     # -------------------------------------------------------------------------------------------------------- in common
     def _setting(self) -> dict[str, Any]:
@@ -224,27 +212,10 @@ class Bench:
         }
 
     # ------------------------------------------------------------------------------------------------------------ cells
-    def _chain(self, method: Method, change: dict[str, Any], seed: int) -> None:
-        """One seed of a method, request by request; where a model is gone that the next one needs, it is made again."""
-        place = self.out / MODELS / method.name / str(seed)
-        count = len(self.stages)
-        keys = [f"{method.name}/{seed}/{n}" for n in range(count)]
-        there = [k in self.store.content["cells"] for k in keys]
-        first = there.index(False) if False in there else count
-        while 0 < first < count and not is_model_folder(place / str(first - 1)):
-            if "failed" in self.store.content["cells"][keys[first - 1]]:
-                return
-            first -= 1
-            self.store.drop("cells", keys[first])
-        for n in range(first, count):
-            self.say(f"{method.name}: seed {seed}, {self.protocol.step(n)}")
-            before = place / str(n - 1) if n else self.start
-            measure = functools.partial(self._cell, method, change, seed, n, before, place / str(n))
-            if "failed" in self.store.cell("cells", keys[n], measure):
-                return
-
-    def _cell(self, method: Method, change: dict[str, Any], seed: int, n: int, before: Path, after: Path) -> Cell:
-        stage = self.stages[n]
+    def _cell(
+        self, method: Method, change: dict[str, Any], seed: int, n: int, before: Path | None, after: Path
+    ) -> Cell:
+        stage, before = self.stages[n], before or self.start
         model, config = self._open(before)
         unchanged = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         looked = self.original if n == 0 else self._looked(before)

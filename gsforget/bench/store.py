@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import gsforget
 from gsforget.errors import GsforgetError, RequestError
-from gsforget.folder import write_file
+from gsforget.folder import is_model_folder, write_file
 
 FORMAT = 1
+MODELS = "models"
 Cell = dict[str, Any]
+Say = Callable[[str], None]
+Link = Callable[[int, Path | None, Path], Cell]
 
 
 class Store:
@@ -72,6 +76,43 @@ class Store:
 
     def drop(self, part: str, key: str) -> None:
         self.content[part].pop(key, None)
+
+    def drop_method(self, name: str) -> None:
+        """Drop the cells of a method, so that it is measured anew."""
+        for part in ("tuning", "cells"):
+            for key in [k for k in self.content[part] if k.startswith(f"{name}/")]:
+                self.drop(part, key)
+        self.save()
+
+    def is_older(self, name: str, code_sha256: str) -> bool:
+        """Whether cells of a method were measured by other code than that with this hash."""
+        cells = self.content["cells"].items()
+        by = {c["code_sha256"] for key, c in cells if key.startswith(f"{name}/") and "code_sha256" in c}
+        return by not in (set(), {code_sha256})
+
+    def chain(self, name: str, seed: int, steps: Sequence[str], out: Path, say: Say, measure: Link) -> None:
+        """One seed of a method, request by request, up to one that fails; models go to `out` / models / name / seed.
+
+        Where a model is gone that the next request needs, it is made again.
+
+        Args:
+            steps: what each request is called, for `say`.
+            measure: the cell of a request from its number, the folder of the model before (None: the first request) and
+                the folder to fill.
+        """
+        place, count = out / MODELS / name / str(seed), len(steps)
+        keys = [f"{name}/{seed}/{n}" for n in range(count)]
+        first = next((n for n, key in enumerate(keys) if key not in self.content["cells"]), count)
+        while 0 < first < count and not is_model_folder(place / str(first - 1)):
+            if "failed" in self.content["cells"][keys[first - 1]]:
+                return
+            first -= 1
+            self.drop("cells", keys[first])
+        for n in range(first, count):
+            say(f"{name}: seed {seed}, {steps[n]}")
+            before = place / str(n - 1) if n else None
+            if "failed" in self.cell("cells", keys[n], functools.partial(measure, n, before, place / str(n))):
+                return
 
     def save(self) -> None:
         write_file(self.path, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")

@@ -100,14 +100,21 @@ def _sections(
         ("interpolation", "On the way back to the original", details.interpolation(audit)),
         ("misattribution", "What it answers instead", details.misattribution(audit)),
         ("examples", "Example images", pictures.section(shown)),
-        ("not-tested", "What was not tested", facts.not_tested(audit)),
-        ("threats", "Threat model and limits", facts.threat_model(audit)),
-        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+        *_limits(audit, history),
         ("every-class", "Every class", tables.every_class(audit) if tables.is_long(audit) else Html()),
         ("glossary", "Glossary", facts.glossary()),
     ]
     left_out = {"examples": not shown, "every-class": not tables.is_long(audit)}
     return [section for section in made if not left_out.get(section[0])]
+
+
+def _limits(audit: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple[str, str, Html]]:
+    """What every page says of its own limits."""
+    return [
+        ("not-tested", "What was not tested", facts.not_tested(audit)),
+        ("threats", "Threat model and limits", facts.threat_model(audit)),
+        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+    ]
 
 
 def _of_faces(audit: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple[str, str, Html]]:
@@ -120,9 +127,7 @@ def _of_faces(audit: dict[str, Any], history: list[dict[str, Any]]) -> list[tupl
         ("checks", "The checks", tables.checks(audit)),
         ("before-and-after", "The training head, before and after", tables.before_and_after(audit)),
         ("requests", "Requests, and where the model changed", details.requests(history)),
-        ("not-tested", "What was not tested", facts.not_tested(audit)),
-        ("threats", "Threat model and limits", facts.threat_model(audit)),
-        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+        *_limits(audit, history),
         ("every-class", "Every person", tables.every_class(audit) if tables.is_long(audit) else Html()),
         ("glossary", "Glossary", facts.glossary()),
     ]
@@ -141,9 +146,7 @@ def _of_detectors(
         ("relearning", "How easily it is learned again", details.relearning(audit)),
         ("examples", "Boxes before and after", pictures.section(shown)),
         ("requests", "Requests, and where the model changed", details.requests(history)),
-        ("not-tested", "What was not tested", facts.not_tested(audit)),
-        ("threats", "Threat model and limits", facts.threat_model(audit)),
-        ("provenance", "Hashes, versions, seeds and settings", facts.provenance(audit, history)),
+        *_limits(audit, history),
         ("glossary", "Glossary", facts.glossary()),
     ]
     return [section for section in made if section[0] != "examples" or shown]

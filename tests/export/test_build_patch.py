@@ -21,7 +21,8 @@ from gsforget.export.build.answers import APART
 from gsforget.export.build.edits import Packer, splice
 from gsforget.export.build.exporter import open_at
 from gsforget.export.device.apply import apply
-from gsforget.export.device.edit import Edits, mapped
+from gsforget.export.device.edit import Edits
+from gsforget.export.device.files import mapped
 from gsforget.export.device.keys import FleetKey, new_keys, read_fleet_key, read_public_key
 from gsforget.export.device.opening import noise
 from gsforget.export.device.package import read_package, verify

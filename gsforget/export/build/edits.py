@@ -18,8 +18,9 @@ from gsforget.export.build.chain import ROUNDED
 from gsforget.export.build.int8 import int8_weights, read_int8
 from gsforget.export.build.locate import NotLocated, OnnxBytes, Place, find_matrix, onnx_metadata, onnx_places
 from gsforget.export.device.changes import Builder, Digest, GiveEdit, PatchedArtifact, Scale, TensorChange, TensorEdit
-from gsforget.export.device.edit import Edits, mapped, rest_sha256
+from gsforget.export.device.edit import Edits, rest_sha256
 from gsforget.export.device.factors import STORED
+from gsforget.export.device.files import mapped
 from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import METADATA_KEY
 from gsforget.folder import sha256

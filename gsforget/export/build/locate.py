@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gsforget.export.device.edit import mapped
 from gsforget.export.device.metadata import check_outside
-from gsforget.export.device.onnx_file import KEY, PROPERTIES, Stored, fields, read_tensors
+from gsforget.export.device.onnx_file import KEY, PROPERTIES, Stored, TensorBytes, fields, read_tensors
 
 PROBE = 64  # bytes searched for before a whole tensor is compared
 MOST_HITS = 1000  # places where a probe matches; beyond, a tensor is as good as constant and is not looked for
@@ -33,31 +33,24 @@ class NotLocated(Exception):
     """A tensor or an entry is not where it can be found without doubt; the message says which and why."""
 
 
-@dataclass(frozen=True)
-class OnnxBytes:
-    """The bytes of an ONNX file, where its tensors lie, and the files beside it that hold some of them, by name."""
+class OnnxBytes(TensorBytes):
+    """As its base, of a file to patch: what it holds in places of its own cannot be located."""
 
     data: bytes
-    tensors: dict[str, Stored]
-    beside: dict[str, memoryview]
 
     @classmethod
     def read(cls, path: Path) -> OnnxBytes:
         """Raises NotLocated as ``onnx_tensors``, SafetyError ``bad_location`` for weights in other places than beside it."""
         check_outside(path, None)
-        data = path.read_bytes()
-        tensors = onnx_tensors(data)
-        files = {t.file for t in tensors.values() if t.file is not None}
-        return cls(data, tensors, {name: mapped(path.with_name(name)) for name in sorted(files)})
+        with _located():
+            return cls.of(path.read_bytes(), path)
 
     def bytes(self, name: str) -> memoryview:
         """The bytes of a tensor.  Raises NotLocated where they reach beyond their file."""
-        place = self.tensors[name]
-        source = memoryview(self.data) if place.file is None else self.beside[place.file]
-        found = source[place.at : place.at + place.size]
-        if len(found) != place.size:
-            raise NotLocated(f"tensor {name} reaches beyond the file in which it lies")
-        return found
+        try:
+            return super().bytes(name)
+        except ValueError as error:
+            raise NotLocated(f"tensor {error}") from error
 
 
 def onnx_tensors(data: bytes) -> dict[str, Stored]:
@@ -66,8 +59,14 @@ def onnx_tensors(data: bytes) -> dict[str, Stored]:
     Initializers stored number by number are left out.  Raises NotLocated for a file that is no ONNX model with one graph,
     or holds a name twice.
     """
-    try:
+    with _located():
         return read_tensors(data)
+
+
+@contextmanager
+def _located() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise NotLocated(f"the ONNX file cannot be read: {error}") from error
 

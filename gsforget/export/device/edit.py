@@ -7,12 +7,10 @@ memory; the new tensors alone are kept.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -23,13 +21,6 @@ from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.store import REPAIR
 
 WORKERS = min(4, os.cpu_count() or 1)
-
-
-def mapped(path: Path) -> memoryview:
-    """A file's bytes, read from the disk where they are looked at.  Raises OSError where it cannot be opened."""
-    with open(path, "rb") as handle:
-        empty = os.fstat(handle.fileno()).st_size == 0
-        return memoryview(b"" if empty else mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +46,13 @@ def copy_file(source: Path, path: Path) -> None:
 def _chunks(handle: BinaryIO) -> Iterator[bytes]:
     while chunk := handle.read(CHUNK):
         yield chunk
+
+
+def mapped(path: Path) -> memoryview:
+    """A file's bytes, read from the disk where they are looked at.  Raises OSError where it cannot be opened."""
+    with open(path, "rb") as handle:
+        empty = os.fstat(handle.fileno()).st_size == 0
+        return memoryview(b"" if empty else mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def sha256(path: str | Path) -> str:

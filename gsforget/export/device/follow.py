@@ -18,11 +18,10 @@ import numpy as np
 
 from gsforget.errors import GsforgetError, SafetyError
 from gsforget.export.device.builder import build_engine
-from gsforget.export.device.edit import mapped
-from gsforget.export.device.files import sha256, write_file, write_json
+from gsforget.export.device.files import mapped, sha256, write_file, write_json
 from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.metadata import read_sidecar, sidecar_path
-from gsforget.export.device.onnx_file import Stored, read_tensors
+from gsforget.export.device.onnx_file import TensorBytes
 from gsforget.export.device.opening import ask
 from gsforget.export.device.records import Held, Made
 from gsforget.export.device.refit import refit_plan
@@ -119,38 +118,15 @@ def changed_tensors(old: Path, new: Path, precision: str) -> tuple[dict[str, np.
     if precision not in DTYPES:
         raise ValueError(f"tensors of {precision} are not refitted")
     name_of, dtype = DTYPES[precision]
-    was, now = (_Tensors.read(path) for path in (old, new))
-    if was.places.keys() != now.places.keys():
+    was, now = (TensorBytes.of(mapped(path), path) for path in (old, new))
+    if was.tensors.keys() != now.tensors.keys():
         raise ValueError(f"{new.name} holds other tensors than {old.name}")
     changed = {}
-    for name in now.places:
+    for name in now.tensors:
         before, after = was.bytes(name), now.bytes(name)
         if before != after:
             changed[name] = np.frombuffer(after, dtype).copy()
     return changed, name_of
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """The bytes of an ONNX file's tensors, in it or beside it."""
-
-    path: Path
-    places: dict[str, Stored]
-    files: dict[str | None, memoryview]
-
-    @classmethod
-    def read(cls, path: Path) -> _Tensors:
-        data = mapped(path)
-        places = read_tensors(data)
-        beside = {p.file for p in places.values() if p.file is not None}
-        return cls(path, places, {None: data, **{name: mapped(path.with_name(name)) for name in beside}})
-
-    def bytes(self, name: str) -> memoryview:
-        place = self.places[name]
-        found = self.files[place.file][place.at : place.at + place.size]
-        if len(found) != place.size:
-            raise ValueError(f"{name} of {self.path.name} reaches beyond its file")
-        return found
 
 
 @dataclass(frozen=True)

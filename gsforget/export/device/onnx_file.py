@@ -10,8 +10,10 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from gsforget.errors import RequestError
+from gsforget.export.device.files import mapped
 
 # Field numbers of onnx.proto.
 PROPERTIES, GRAPH = 14, 7  # of ModelProto
@@ -38,6 +40,31 @@ class Stored:
     size: int
     file: str | None = None
     named: Span = (0, 0)
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """The bytes of an ONNX file, where its tensors lie, and the files beside it that hold some of them, by name."""
+
+    data: bytes | memoryview
+    tensors: dict[str, Stored]
+    beside: dict[str, memoryview]
+
+    @classmethod
+    def of(cls, data: bytes | memoryview, path: Path) -> Self:
+        """Of the bytes of the file at a path.  Raises ValueError as `read_tensors`, OSError for a file that is not beside it."""
+        tensors = read_tensors(data)
+        files = {t.file for t in tensors.values() if t.file is not None}
+        return cls(data, tensors, {name: mapped(path.with_name(name)) for name in sorted(files)})
+
+    def bytes(self, name: str) -> memoryview:
+        """The bytes of a tensor.  Raises ValueError where they reach beyond their file."""
+        place = self.tensors[name]
+        source = memoryview(self.data) if place.file is None else self.beside[place.file]
+        found = source[place.at : place.at + place.size]
+        if len(found) != place.size:
+            raise ValueError(f"{name} reaches beyond the file in which it lies")
+        return found
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -14,8 +14,8 @@ from gsforget.canonical import FIRST, line_sha256
 from gsforget.errors import SafetyError
 from gsforget.export.device.acknowledgements import tell
 from gsforget.export.device.changes import PatchedArtifact
-from gsforget.export.device.edit import Edits, mapped
-from gsforget.export.device.files import flush_folder, sha256, write_json, write_pieces
+from gsforget.export.device.edit import Edits
+from gsforget.export.device.files import flush_folder, mapped, sha256, write_json, write_pieces
 from gsforget.export.device.follow import Followed, make_engine
 from gsforget.export.device.lock import WAIT, wait_for_answers
 from gsforget.export.device.manifest import Manifest

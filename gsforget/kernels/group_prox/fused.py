@@ -52,15 +52,8 @@ class ProximalAdam:
         """
         if metric not in METRICS:
             raise RequestError(f"There is no metric named {metric}.", f"Give one of {', '.join(METRICS)}.", "metric")
-        if (
-            lengths.ndim != 1
-            or lengths.dtype != torch.int64
-            or (weights.shape, weights.device)
-            != (
-                lengths.shape,
-                lengths.device,
-            )
-        ):
+        fits = (weights.shape, weights.device) == (lengths.shape, lengths.device)
+        if lengths.ndim != 1 or lengths.dtype != torch.int64 or not fits:
             raise RequestError(
                 f"The table of groups has lengths {_kind(lengths)} and weights {_kind(weights)}.",
                 "Give lengths as int64 [G] and weights as float64 [G], on the device of the buffer.",

@@ -52,29 +52,29 @@ def wrong_tensor_result(chain, device, tmp):
     return chain.patch(1, "wrong.gsf", tensors=manifest["tensors"])
 
 
-def wrong_file_result(chain, device, tmp):
+def with_artifact(chain, change):
+    """The first patch with its first artifact changed, properly signed."""
     manifest, _ = chain.content(1)
-    manifest["artifacts"][0]["after"]["sha256"] = "0" * 64
+    change(manifest["artifacts"][0])
     return chain.patch(1, "wrong.gsf", artifacts=manifest["artifacts"])
+
+
+def wrong_file_result(chain, device, tmp):
+    return with_artifact(chain, lambda artifact: artifact["after"].update(sha256="0" * 64))
 
 
 def wrong_base(chain, device, tmp):
-    manifest, _ = chain.content(1)
-    manifest["artifacts"][0]["before"]["sha256"] = "0" * 64
-    return chain.patch(1, "wrong.gsf", artifacts=manifest["artifacts"])
+    return with_artifact(chain, lambda artifact: artifact["before"].update(sha256="0" * 64))
 
 
 def wrong_rest(chain, device, tmp):
-    manifest, _ = chain.content(1)
-    manifest["artifacts"][0]["rest_sha256"] = "0" * 64
-    return chain.patch(1, "wrong.gsf", artifacts=manifest["artifacts"])
+    return with_artifact(chain, lambda artifact: artifact.update(rest_sha256="0" * 64))
 
 
 def overwriting(chain, device, tmp):
     """A name that is in use: the old file would be gone before the new one is complete."""
-    manifest, _ = chain.content(1)
-    manifest["artifacts"][0]["name"] = chain.artifact(0).name.replace("model", "Model")
-    return chain.patch(1, "wrong.gsf", artifacts=manifest["artifacts"])
+    name = chain.artifact(0).name.replace("model", "Model")
+    return with_artifact(chain, lambda artifact: artifact.update(name=name))
 
 
 @pytest.mark.parametrize(

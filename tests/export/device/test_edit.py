@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from gsforget.errors import SafetyError
 from gsforget.export.device.changes import Digest, GiveEdit, PatchedArtifact, Scale, TensorChange, TensorEdit
-from gsforget.export.device.edit import Edits, mapped, rest_sha256
+from gsforget.export.device.edit import Edits, rest_sha256
 from gsforget.export.device.factors import Factors, narrow
+from gsforget.export.device.files import mapped
 from gsforget.export.device.manifest import Manifest
 from gsforget.export.device.package import plain_payload
 
