@@ -15,7 +15,7 @@ from gsforget.data import ImageFolder
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.request import Request, check_request
 from gsforget.requests.file import Entry
-from gsforget.requests.target import Target, resolve_target
+from gsforget.requests.target import Target
 from gsforget.tasks import find_task
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def plan(entries: list[Entry], base: Request, source: Source, data: ImageFolder)
             request = entry.request(base)
             check_request(request)
             task.check_request(request)
-            target = resolve_target(request, names, source.erased, data, source.erased_images)
+            target = task.resolve(request, source, data)
             retain = _retained(entry, names, source)
             _refuse_double(target, asked, images, names, data)
             kept |= {k: kept.get(k, entry.label) for k in retain}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gsforget.lora.blocks import FeedForward
     from gsforget.material import Material
     from gsforget.request import Request
+    from gsforget.requests.target import Target
     from gsforget.source import Source
     from gsforget.training import Settings, Trained
 
@@ -316,6 +317,15 @@ class Kind(Protocol):
     @staticmethod
     def check_request(request: Request) -> None:
         """Refuse what makes no sense for the task, before any image is read.  Raises RequestError."""
+        ...
+
+    @staticmethod
+    def resolve(request: Request, source: Source, data: Any) -> Target:
+        """What a request means on the images that `open_data` found.
+
+        Raises:
+            RequestError: it does not fit the model, the data, or what earlier requests forgot.
+        """
         ...
 
     @staticmethod

@@ -96,6 +96,18 @@ def test_a_second_person_by_two_of_the_images(run, face_world, cli, tmp_path):
     assert (again.status, again.document["error"]["kind"]) == (2, "already_forgotten")
 
 
+def test_a_request_file_names_people_and_a_few_of_their_images(face_world, cli, tmp_path):
+    entries = [{"classes": ["eve"]}, {"images": ["train/dan/0.png", "train/dan/7.png"]}]
+    (tmp_path / "people.json").write_text(json.dumps(entries))
+    found = forget(cli, tmp_path, face_world, "--task", "face", "--request", "people.json", *NEW)
+    assert found.status == 0
+    assert [served["classes"] for served in found.document["requests"]] == [["eve"], ["dan"]]
+    entries[1] = {"images": ["train/dan/0.png", "train/eve/3.png"]}
+    (tmp_path / "twice.json").write_text(json.dumps(entries))
+    twice = forget(cli, tmp_path, face_world, "--task", "face", "--request", "twice.json", *NEW)
+    assert (twice.status, twice.document["error"]["kind"]) == (2, "duplicate_request")
+
+
 def test_the_same_seed_gives_the_same_weights(run, face_world, cli, tmp_path):
     found = forget(cli, tmp_path, face_world, "--classes", "bob", *NEW)  # who is found without being named, too
     assert found.document["sha256"] == run[1].document["sha256"]

@@ -49,6 +49,11 @@ def check_request(request: Request) -> None:
     del request
 
 
+def resolve(request: Request, source: Source, data: ImageFolder) -> Target:
+    """See `gsforget.tasks.base.Kind`."""
+    return resolve_target(request, source.names, source.erased, data, source.erased_images)
+
+
 def find_folder(name: str) -> Path | None:
     """See `gsforget.tasks.base.Kind`: what is no folder is a model of timm."""
     del name
@@ -91,8 +96,7 @@ class ClassifyStudy:
         self.bound = default_bound(len(source.names)) if settings.bnd is None else settings.bnd
 
     def _resolve(self, request: Request) -> Target:
-        source = self.source
-        return resolve_target(request, source.names, source.erased, self.data, source.erased_images)
+        return resolve(request, self.source, self.data)
 
     def _read_images(self) -> tuple[ImageSet, ImageSet]:
         request, names, split, load = self.request, self.source.names, self.data.train, self.load

@@ -17,6 +17,7 @@ from gsforget.errors import RequestError
 from gsforget.export.device.preprocess import Preprocess
 from gsforget.material import Material
 from gsforget.request import Request, refuse
+from gsforget.requests.target import Target
 from gsforget.tasks.base import Load, Measured, Plan, Seen
 from gsforget.tasks.detect.coco import Scene, SceneFolder, category_names, open_scenes
 from gsforget.tasks.detect.evidence import Figures, check_plausible, measured
@@ -59,6 +60,12 @@ def open_data(
     return open_scenes(root, annotations, names if names is not None else category_names(root, annotations))
 
 
+def resolve(request: Request, source: Source, data: SceneFolder) -> Target:
+    """See `gsforget.tasks.base.Kind`: kinds of objects by name."""
+    del data
+    return Target(resolve_classes(request.classes, source.names, source.erased))
+
+
 def find_folder(name: str) -> Path:
     """See `gsforget.tasks.base.Kind`: a detector is a folder, or is downloaded into one.  Raises RequestError ``no_model``."""
     if name.startswith(HUB):
@@ -99,7 +106,7 @@ class DetectStudy:
         self.family = family_of(source.config)
         prepare = Preprocess.from_dict(source.config.to_json())
         self.frame_of = (lambda size: size) if self.family.masked else prepare.frame
-        self.forget = resolve_classes(request.classes, source.names, source.erased)
+        self.forget = resolve(request, source, data).classes
         self.erased = sorted(source.erased)
         self.retained = [k for k in range(len(source.names)) if k not in self.forget and k not in source.erased]
         self.seed = request.settings.seed

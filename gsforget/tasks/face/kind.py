@@ -38,7 +38,17 @@ if TYPE_CHECKING:
     from gsforget.source import Source
     from gsforget.training import Trained
 
-__all__ = ["audit", "build", "check_request", "find_folder", "networks", "open_data", "open_source", "open_study"]
+__all__ = [
+    "audit",
+    "build",
+    "check_request",
+    "find_folder",
+    "networks",
+    "open_data",
+    "open_source",
+    "open_study",
+    "resolve",
+]
 
 networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
@@ -70,6 +80,30 @@ def check_request(request: Request) -> None:
     )
 
 
+def resolve(request: Request, source: Source, data: ImageFolder) -> Target:
+    """See `gsforget.tasks.base.Kind`: people, by name or by a few of their images.
+
+    Whoever is on a listed image is forgotten altogether.
+    """
+    if request.images is None:
+        return resolve_target(request, source.names, source.erased, data)
+    if any(name.strip() for name in request.classes):
+        raise RequestError("Both people and images were given.", "Give one of them.", "two_targets")
+    labels = data.train.labels[find_rows(request.images, data)]
+    people = sorted({int(k) for k in labels})
+    gone = [source.names[k] for k in people if k in source.erased]
+    if gone:
+        raise RequestError(
+            f"{request.images.where} lists images of {listed(gone)}, forgotten by an earlier request.",
+            "Remove them from the list.",
+            "already_forgotten",
+        )
+    check_remaining(people, source.names, source.erased)
+    total = {k: int((data.train.labels == k).sum()) for k in people}
+    found = [f"'{source.names[k]}' ({(labels == k).sum()} of {total[k]})" for k in people]
+    return Target(people, notes=[f"{request.images.where} shows {', '.join(found)}: all their images are forgotten."])
+
+
 def build(architecture: str, model_kwargs: dict[str, Any], class_names: list[str]) -> nn.Module:
     """See `gsforget.tasks.base.Kind`."""
     return models.build(architecture, model_kwargs, len(class_names))
@@ -98,28 +132,8 @@ class FaceStudy(ClassifyStudy):
         self.warnings += self._counts()
 
     def _resolve(self, request: Request) -> Target:
-        """People, by name or by a few of their images: whoever is on a listed image is forgotten altogether."""
         check_request(request)
-        source = self.source
-        if request.images is None:
-            return resolve_target(request, source.names, source.erased, self.data)
-        if any(name.strip() for name in request.classes):
-            raise RequestError("Both people and images were given.", "Give one of them.", "two_targets")
-        labels = self.data.train.labels[find_rows(request.images, self.data)]
-        people = sorted({int(k) for k in labels})
-        gone = [source.names[k] for k in people if k in source.erased]
-        if gone:
-            raise RequestError(
-                f"{request.images.where} lists images of {listed(gone)}, forgotten by an earlier request.",
-                "Remove them from the list.",
-                "already_forgotten",
-            )
-        check_remaining(people, source.names, source.erased)
-        total = {k: int((self.data.train.labels == k).sum()) for k in people}
-        found = [f"'{source.names[k]}' ({(labels == k).sum()} of {total[k]})" for k in people]
-        return Target(
-            people, notes=[f"{request.images.where} shows {', '.join(found)}: all their images are forgotten."]
-        )
+        return resolve(request, self.source, self.data)
 
     def _open_gallery(self, source: Source, request: Request) -> Gallery | None:
         if request.gallery is None:
