@@ -42,6 +42,26 @@ class Source:
         return self.config.sequence
 
 
+def check_own_weights(model: str, checkpoint: Path | None, model_kwargs: dict[str, Any] | None) -> None:
+    """Refuse for a model folder what is said of a model by its name.  Raises RequestError ``two_sources``."""
+    if checkpoint or model_kwargs:
+        raise RequestError(
+            f"--model {model} has its own weights and configuration; --checkpoint and --model-kwargs do not apply.",
+            "Leave them out, or give --model a timm name.",
+            "two_sources",
+        )
+
+
+def check_task(model: str, config: ModelConfig, task: str | None) -> None:
+    """Refuse a folder's model that is not of the task asked for, None being any.  Raises RequestError ``other_task``."""
+    if task not in (None, config.task):
+        raise RequestError(
+            f"The model in {model} is of the task {config.task}, not {task}.",
+            f"Type --task {config.task}, or leave it out.",
+            "other_task",
+        )
+
+
 def load_source(
     model: str,
     data_classes: Callable[[], list[str]] | None = None,
@@ -76,19 +96,9 @@ def load_source(
     if not path.exists():
         path = kind.find_folder(model) or path
     if path.is_dir():
-        if checkpoint or model_kwargs:
-            raise RequestError(
-                f"--model {model} has its own weights and configuration; --checkpoint and --model-kwargs do not apply.",
-                "Leave them out, or give --model a timm name.",
-                "two_sources",
-            )
+        check_own_weights(model, checkpoint, model_kwargs)
         source = _from_folder(path, class_names, given, trust_code)
-        if task not in (None, source.config.task):
-            raise RequestError(
-                f"The model in {model} is of the task {source.config.task}, not {task}.",
-                f"Type --task {source.config.task}, or leave it out.",
-                "other_task",
-            )
+        check_task(model, source.config, task)
         return source
     if path.is_file():
         raise RequestError(

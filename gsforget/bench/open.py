@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from gsforget.errors import RequestError
 
 if TYPE_CHECKING:
+    from gsforget.baselines import Method
     from gsforget.bench.recipes import Recipe
+    from gsforget.folder import ModelConfig
 
 TABLE, CSV, FIGURE = "bench.md", "bench.csv", "bench.png"
 
@@ -44,7 +46,8 @@ def run_bench(
     Args:
         methods: names of `gsforget.baselines`, "all", or Python files that define `METHOD`, whose code is run.
         model: model folder to start from; or the name of a model with its `checkpoint`, of which one is made in `out`.
-        task, model_kwargs: of such a model: classify or face (default: the recipe's, else classify), and as timm has them.
+        task: of such a model: classify or face (default: the recipe's, else classify); a folder's is checked against it.
+        model_kwargs: of such a model, as timm has them.
         data: image folder as for `forget`, or in the layout that the recipe or `layout` names.
         protocol: X-Y (see `protocols`), or a recipe (see `recipes`), which brings shots, missing, layout and settings.
         trials: settings that each method may try on the first request, its published ones among them.
@@ -59,7 +62,6 @@ def run_bench(
     Raises:
         RequestError, SafetyError: see `gsforget.errors`; what fails inside a method is a row of the result instead.
     """
-    from gsforget.baselines import find_method, method_names
     from gsforget.bench.protocols import make_protocol
     from gsforget.bench.recipes import find_recipe
     from gsforget.bench.run import Bench, Options, code_sha256
@@ -71,6 +73,61 @@ def run_bench(
     from gsforget.request import refuse_annotations
 
     say = progress or (lambda _text: None)
+    chosen = _methods(methods, again)
+    recipe = None if protocol.replace("-", "").isdigit() else find_recipe(protocol)
+    if recipe:
+        protocol, shots, missing, layout = recipe.protocol, recipe.shots, recipe.missing, layout or recipe.layout
+    where = Path(out)
+    names = list(class_names) if class_names is not None else None
+    if checkpoint is not None:
+        names = names or _open_data(Path(data), layout, None).class_names
+    by_name = task or (recipe.task if recipe else None)
+    weights = Path(checkpoint) if checkpoint else None
+    folder = start_folder(model, names or [], weights, model_kwargs or {}, by_name, where)
+    config = read_config(folder)
+    _check_start(folder, config, task, recipe, never_seen)
+    if config.task == "detect":
+        from gsforget.bench.detectors import open_bench
+
+        _refuse_for_detectors(missing, never_seen, relearn, None if recipe else layout)
+        of_detector = open_bench(
+            folder,
+            Path(data),
+            protocol,
+            recipe,
+            seeds=seeds,
+            shots=shots,
+            annotations=annotations,
+            class_names=class_names,
+            out=where,
+            device=device,
+            skip_corrupt=skip_corrupt,
+            say=say,
+        )
+        content, changed = of_detector.run(chosen, again)
+        return {**write(content, where, recipe), "older_code": changed}
+    refuse_annotations(annotations)
+    images = _open_data(Path(data), layout, names or config.class_names)
+    prepare = Preprocess.from_dict(config.to_json())
+    train, test = (ImageSet(split, prepare.load, skip_corrupt) for split in (images.train, images.test))
+    for split in (train, test):
+        split.check()
+    options = Options(
+        seeds, trials, epochs, tuple(map(Path, never_seen)), relearn, dict(recipe.settings) if recipe else {}
+    )
+    made = make_protocol(protocol, config.num_classes, shots, missing)
+    bench = Bench(folder, images, train, test, made, options, where, pick_device(device), say)
+    for name in again:
+        bench.store.drop_method(name)
+    changed = [m.name for m in chosen if bench.store.is_older(m.name, code_sha256(m))]
+    content = bench.run(chosen)
+    return {**write(content, where, recipe), "older_code": changed}
+
+
+def _methods(methods: Sequence[str], again: Sequence[str]) -> list[Method]:
+    """The named ones, each once.  Raises RequestError ``unknown_method``, also for one `again` that is not among them."""
+    from gsforget.baselines import find_method, method_names
+
     named = [name for m in methods for name in (method_names() if m == "all" else [m])]
     chosen = [find_method(name) for name in dict.fromkeys(named)]
     unknown = sorted({*again} - {m.name for m in chosen})
@@ -82,16 +139,17 @@ def run_bench(
             "Name methods with --methods; gsforget bench --list shows them.",
             "unknown_method",
         )
-    recipe = None if protocol.replace("-", "").isdigit() else find_recipe(protocol)
-    if recipe:
-        protocol, shots, missing = recipe.protocol, recipe.shots, recipe.missing
-        layout, task = layout or recipe.layout, task or recipe.task
-    where = Path(out)
-    names = list(class_names) if class_names is not None else None
-    if checkpoint is not None:
-        names = names or _open_data(Path(data), layout, None).class_names
-    folder = start_folder(model, names or [], Path(checkpoint) if checkpoint else None, model_kwargs or {}, task, where)
-    config = read_config(folder)
+    return chosen
+
+
+def _check_start(
+    folder: Path, config: ModelConfig, task: str | None, recipe: Recipe | None, never_seen: Sequence[str | Path]
+) -> None:
+    """Refuse a start that is not of the task or recipe, has forgotten already, or does not fit its references."""
+    from gsforget.folder import read_config
+    from gsforget.source import check_task
+
+    check_task(str(folder), config, task)
     for path in map(Path, never_seen):
         if read_config(path).num_classes != config.num_classes:
             raise RequestError(
@@ -109,42 +167,6 @@ def run_bench(
             "Name another model, or another recipe of gsforget bench --list.",
             "other_task",
         )
-    if config.task == "detect":
-        from gsforget.bench.detectors import open_bench
-
-        _refuse_for_detectors(missing, never_seen, relearn, None if recipe else layout)
-        of_detector = open_bench(
-            folder,
-            Path(data),
-            protocol,
-            recipe,
-            seeds=seeds,
-            shots=shots,
-            annotations=annotations,
-            class_names=class_names,
-            out=Path(out),
-            device=device,
-            skip_corrupt=skip_corrupt,
-            say=say,
-        )
-        content, changed = of_detector.run(chosen, again)
-        return {**write(content, Path(out), recipe), "older_code": changed}
-    refuse_annotations(annotations)
-    images = _open_data(Path(data), layout, names or config.class_names)
-    prepare = Preprocess.from_dict(config.to_json())
-    train, test = (ImageSet(split, prepare.load, skip_corrupt) for split in (images.train, images.test))
-    for split in (train, test):
-        split.check()
-    options = Options(
-        seeds, trials, epochs, tuple(map(Path, never_seen)), relearn, dict(recipe.settings) if recipe else {}
-    )
-    made = make_protocol(protocol, config.num_classes, shots, missing)
-    bench = Bench(folder, images, train, test, made, options, where, pick_device(device), say)
-    for name in again:
-        bench.store.drop_method(name)
-    changed = [m.name for m in chosen if bench.store.is_older(m.name, code_sha256(m))]
-    content = bench.run(chosen)
-    return {**write(content, where, recipe), "older_code": changed}
 
 
 def write(content: dict[str, Any], out: Path, recipe: Recipe | None = None) -> dict[str, Any]:

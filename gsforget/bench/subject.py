@@ -44,8 +44,11 @@ def start_folder(
     Raises:
         RequestError, SafetyError: as `gsforget.source.load_source`.
     """
-    from gsforget.source import load_source
+    from gsforget.source import check_own_weights, load_source
 
+    if Path(model).is_dir():
+        check_own_weights(str(model), checkpoint, kwargs)
+        return Path(model)
     if checkpoint is not None and task not in (None, "classify", "face"):
         raise RequestError(
             f"A model of the task {task} is not given by its name and a checkpoint.",
@@ -53,13 +56,11 @@ def start_folder(
             "not_a_classifier",
         )
     if checkpoint is None:
-        if not Path(model).is_dir():
-            raise RequestError(
-                f"There is no model folder {model}.",
-                "Name one, or the model that the weights in a file are of: --model NAME --checkpoint FILE.",
-                "no_model",
-            )
-        return Path(model)
+        raise RequestError(
+            f"There is no model folder {model}.",
+            "Name one, or the model that the weights in a file are of: --model NAME --checkpoint FILE.",
+            "no_model",
+        )
     source = load_source(str(model), lambda: names, checkpoint=checkpoint, model_kwargs=kwargs, task=task)
     folder = out / START
     folder.mkdir(parents=True, exist_ok=True)

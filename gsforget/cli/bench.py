@@ -29,7 +29,7 @@ def bench(
     shots: Annotated[int | None, Opt(min=1, help="Training images per class; default: all.")] = None,
     missing: Annotated[int, Opt(min=0, help="Retained classes without training images.")] = 0,
     task: Annotated[
-        str | None, Opt(help="Of a model by name: classify or face; default: the recipe's, else classify.")
+        str | None, Opt(help="classify, face or detect; default: the folder's, the recipe's, else classify.")
     ] = None,
     checkpoint: Annotated[
         Path | None, Opt(help="Weights of a model by name: safetensors or a torch file of tensors.")

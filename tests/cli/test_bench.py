@@ -43,6 +43,8 @@ def test_the_list_names_methods_and_recipes(cli, tmp_path):
         (["--methods", "head-mask", "--protocol", "casia-5"], "unknown_protocol", "casia100-5"),
         (["--methods", "head-mask", "--protocol", "4-1", "--reference", "nowhere"], "no_model", "nowhere"),
         (["--methods", "head-mask", "--protocol", "4-1", "--checkpoint", "x.pth"], "two_sources", "own weights"),
+        (["--methods", "head-mask", "--protocol", "4-1", "--model-kwargs", "depth=2"], "two_sources", "own weights"),
+        (["--methods", "head-mask", "--protocol", "4-1", "--task", "face"], "other_task", "--task classify"),
     ],
 )
 def test_bad_input(typed, options, kind, says):
