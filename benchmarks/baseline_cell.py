@@ -12,9 +12,9 @@ from gsforget.api import open_model_and_data
 from gsforget.audit.probes import five_shot, linear_probe, prototype_attack
 from gsforget.baselines.base import BaselineRequest, Result
 from gsforget.classes import resolve_classes
-from gsforget.data import ImageSet
 from gsforget.features import features_and_logits, find_classifier
 from gsforget.folder import WEIGHTS, ModelConfig, save_model, sha256, write_file
+from gsforget.images import ImageSet
 from gsforget.lora.blocks import as_logits
 from gsforget.metrics import accuracy, h_mean, of_classes, predict
 from gsforget.source import Source

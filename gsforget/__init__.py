@@ -15,7 +15,7 @@ _HOMES = {
     "export_model": "gsforget.api",
     "export_patch": "gsforget.api",
     "run_bench": "gsforget.bench.open",
-    "Settings": "gsforget.training",
+    "Settings": "gsforget.settings",
     "Thresholds": "gsforget.request",
     "GsforgetError": "gsforget.errors",
     "RequestError": "gsforget.errors",

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from gsforget.forgetting import Outcome
     from gsforget.request import Request, Thresholds
     from gsforget.requests.course import Course
+    from gsforget.settings import Settings
     from gsforget.source import Source
-    from gsforget.training import Event, Settings
+    from gsforget.training import Event
 
 
 def forget(
@@ -180,7 +181,7 @@ def _request(
 ) -> Request:
     from gsforget.request import DEFAULT_METHOD, Request, Thresholds
     from gsforget.requests.images import read_image_list
-    from gsforget.training import Settings
+    from gsforget.settings import Settings
 
     return Request(
         [str(c) for c in ([classes] if isinstance(classes, (str, int)) else classes)],

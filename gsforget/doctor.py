@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget import __version__
-from gsforget.data import available_memory, cpu_threads
+from gsforget.machine import available_memory, cpu_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,7 +183,7 @@ def examine_model(
     """
     import torch
 
-    from gsforget.data import ImageSet
+    from gsforget.images import ImageSet
     from gsforget.lora.blocks import as_logits, find_feed_forward
     from gsforget.metrics import check_plausible, confusion_matrix, predict
     from gsforget.tasks.face.answers import FaceClassifier

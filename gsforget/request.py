@@ -12,7 +12,7 @@ from gsforget.errors import RequestError
 
 if TYPE_CHECKING:
     from gsforget.requests.images import ImageList
-    from gsforget.training import Settings
+    from gsforget.settings import Settings
 
 METHODS = ("gs-lora", "gs-lora++")
 DEFAULT_METHOD = "gs-lora++"

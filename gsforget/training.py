@@ -28,18 +28,19 @@ from gsforget.control import (
     settle_steps,
     stage_limit,
 )
-from gsforget.data import available_memory
 from gsforget.earlier import EarlierClasses
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.graphs import Graphs
 from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
+from gsforget.machine import available_memory
 from gsforget.material import Material
 from gsforget.precision import in_bfloat16
 from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.rounds import Rounds
+from gsforget.settings import Settings
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
 from gsforget.there import there
@@ -47,43 +48,6 @@ from gsforget.there import there
 EVAL_BATCH = 256
 GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Numbers of the loop; None means that the loop chooses (see `control`).
-
-    Attributes:
-        rank: of each LoRA pair.
-        lr: Adam's step size for the factors; None: from the widest network.
-        batch_size: retained images per step; forgotten images join in proportion, at least a quarter as many.
-        epochs: passes over the retained images in the settling stage; None: by validation.
-        prox: strength of the group penalty, in nats per unit of weighted norm; None: from the data, then steered.
-        target_groups: groups that may stay active; None: a third.
-        bnd: bound of the ascent on forgotten images, in nats; None: from the number of classes.
-        max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
-        reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
-        cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
-        autocast: run the network in bfloat16 while training; losses, factors and the optimiser stay in float32, and what is
-            merged is measured in float32 as ever.
-        cuda_graphs: replay a small batch's step on a GPU instead of launching it, where that can be done, see `graphs`.
-    """
-
-    rank: int = 16
-    lr: float | None = None
-    batch_size: int = 64
-    epochs: float | None = None
-    prox: float | None = None
-    target_groups: int | None = None
-    bnd: float | None = None
-    seed: int = 0
-    max_forget_acc: float = 1.0
-    max_retain_drop: float = 0.5
-    reuse_prefix: bool = True
-    retire_groups: bool = True
-    cache_bytes: float | None = None
-    autocast: bool = False
-    cuda_graphs: bool = True
 
 
 @dataclass

@@ -15,9 +15,9 @@ from gsforget.audit import checks, probes, relearn, similarity
 from gsforget.audit.checks import Check, Limits
 from gsforget.audit.measure import subset
 from gsforget.audit.relearn import Curve, Starts
-from gsforget.data import ImageSet
 from gsforget.errors import RequestError
 from gsforget.features import features_and_logits
+from gsforget.images import ImageSet
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.metrics import Z_ONE_SIDED, of_classes, wilson
 

@@ -20,9 +20,10 @@ from gsforget.audit.images import PER_CLASS, AuditImages, list_never_seen
 from gsforget.audit.measure import Evidence, Measured, Sets, check_reference, uneven
 from gsforget.audit.probes import NO_ROOM, SMALL_EXCESS, SMALL_ROOM, Verdict, excess_verdict, probe_excess
 from gsforget.audit.subjects import Answers, TorchSubject, ask
-from gsforget.data import ImageSet, Split, few_shot
+from gsforget.data import Split, few_shot
 from gsforget.errors import RequestError
 from gsforget.gates import Gate
+from gsforget.images import ImageSet
 from gsforget.metrics import of_classes
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ import numpy as np
 from gsforget.audit.case import Case, Load, Side
 from gsforget.audit.images import PER_CLASS
 from gsforget.audit.subjects import Answers, are_probabilities, as_log, ask, head_of
-from gsforget.data import ImageSet, Split, few_shot
+from gsforget.data import Split, few_shot
 from gsforget.errors import RequestError
+from gsforget.images import ImageSet
 from gsforget.metrics import Z_ONE_SIDED, check_plausible, confusion_matrix, of_classes, wilson
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import nn
 
-    from gsforget.data import ImageSet
+    from gsforget.images import ImageSet
 
     Array = NDArray[np.float32]
 

@@ -17,10 +17,11 @@ from gsforget.baselines.base import BaselineRequest, Method, Result, frozen, pla
 from gsforget.data import few_shot
 from gsforget.lora.grid import merge, to_grid
 from gsforget.material import gather
+from gsforget.settings import Settings
 from gsforget.tasks.classify import Classification, default_bound
 from gsforget.tasks.face.answers import FaceClassifier
 from gsforget.tasks.face.losses import FaceForgetting
-from gsforget.training import Loop, Settings
+from gsforget.training import Loop
 from gsforget.views import Some
 
 if TYPE_CHECKING:

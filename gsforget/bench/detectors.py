@@ -23,7 +23,7 @@ from gsforget.bench.store import Cell, Say, Store
 from gsforget.errors import RequestError
 from gsforget.folder import WEIGHTS, sha256
 from gsforget.request import METHODS, Request, Thresholds
-from gsforget.training import Settings
+from gsforget.settings import Settings
 
 if TYPE_CHECKING:
     from gsforget.baselines.base import Method

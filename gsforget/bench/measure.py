@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from gsforget.data import ImageSet
+    from gsforget.images import ImageSet
 
 EVAL_BATCH = 256
 LIMITS = checks.Limits()

@@ -66,9 +66,9 @@ def run_bench(
     from gsforget.bench.recipes import find_recipe
     from gsforget.bench.run import Bench, Options, code_sha256
     from gsforget.bench.subject import start_folder
-    from gsforget.data import ImageSet
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import read_config
+    from gsforget.images import ImageSet
     from gsforget.predict import pick_device
     from gsforget.request import refuse_annotations
 

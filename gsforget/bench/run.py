@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gsforget.bench.protocols import Protocol
-    from gsforget.data import ImageFolder, ImageSet
+    from gsforget.data import ImageFolder
     from gsforget.folder import ModelConfig
+    from gsforget.images import ImageSet
     from gsforget.views import Images
 
 ROOM, BASE = "gsforget.baselines.", "gsforget.baselines.base"

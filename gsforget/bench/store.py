@@ -142,7 +142,7 @@ def read(path: Path) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     import torch
 
-    from gsforget.data import cpu_threads
+    from gsforget.machine import cpu_threads
 
     return {
         "processor": platform.machine(),

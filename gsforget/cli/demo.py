@@ -26,7 +26,7 @@ def demo(
     from gsforget.cli.forget import show
     from gsforget.cli.progress import ForgetProgress
     from gsforget.demo.lay_out import lay_out
-    from gsforget.training import Settings
+    from gsforget.settings import Settings
 
     wanted = parse_list(classes)
     say(f"Laying out 3,000 training and 1,000 test photographs and a trained ViT in {directory}/ …")

@@ -97,8 +97,8 @@ def forget(
     from gsforget.cli.progress import ForgetProgress
     from gsforget.errors import RequestError
     from gsforget.request import Thresholds, check_method
+    from gsforget.settings import Settings
     from gsforget.tasks import find_task
-    from gsforget.training import Settings
 
     if task is not None:
         find_task(task)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from gsforget.material import Material
     from gsforget.request import Request
     from gsforget.requests.target import Target
+    from gsforget.settings import Settings
     from gsforget.source import Source
-    from gsforget.training import Settings, Trained
+    from gsforget.training import Trained
 
 Load = Callable[[Path], "np.ndarray"]
 
@@ -126,7 +127,10 @@ class Objective(Protocol):
         ...
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
-        """Whether a fresh probe on the features names the images, bool [B]; None where features are not looked at."""
+        """Whether a fresh probe on the features names each image, bool [B], or each object on them, bool [M].
+
+        None where features are not looked at.
+        """
         ...
 
     @property

@@ -350,9 +350,10 @@ def test_labels_never_reach_the_model(face_world):
     """Whose an image is said to be changes nothing in its embedding: the forward pass takes images alone."""
     import inspect
 
-    from gsforget.data import ImageSet, Split
+    from gsforget.data import Split
     from gsforget.export.device.preprocess import Preprocess
     from gsforget.folder import load_model
+    from gsforget.images import ImageSet
     from gsforget.tasks.base import Seen
     from gsforget.tasks.face.losses import FaceForgetting
 

@@ -159,7 +159,7 @@ def test_single_images_are_forgotten_and_their_classes_kept(single, cli):
 
 
 def test_later_requests_leave_the_images_out_of_training(world, single, cli, tmp_path, monkeypatch):
-    from gsforget.data import ImageSet
+    from gsforget.images import ImageSet
 
     run = single[0] / "runs/forget-0001"
     record = json.loads((run / "request.json").read_text())

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from gsforget.audit.subjects import ArtifactSubject, TorchSubject, are_probabilities, as_log, ask, head_of
-from gsforget.data import ImageSet, Split
+from gsforget.data import Split
 from gsforget.errors import RequestError
+from gsforget.images import ImageSet
 
 
 class Net(nn.Module):

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gsforget import data
-from gsforget.data import ImageSet, Split, few_shot, manifest_sha256, scan, split_validation
+from gsforget import data, machine
+from gsforget.data import Split, few_shot, manifest_sha256, scan, split_validation
 from gsforget.errors import RequestError
+from gsforget.images import ImageSet
 
 
 @pytest.fixture
@@ -238,8 +239,8 @@ def test_manifest_follows_content_and_names_only(root, tmp_path):
 
 
 def test_memory_is_counted_in_bytes():
-    assert 2**20 < data.available_memory() < 2**50
-    assert data.cpu_threads() >= 1
+    assert 2**20 < machine.available_memory() < 2**50
+    assert machine.cpu_threads() >= 1
 
 
 def test_classes_without_training_images_may_be_missing(root):

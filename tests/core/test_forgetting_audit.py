@@ -11,7 +11,7 @@ from gsforget.audit import in_run
 from gsforget.audit.in_run import Figures, Probed
 from gsforget.errors import RequestError
 from gsforget.request import Thresholds
-from gsforget.training import Settings
+from gsforget.settings import Settings
 
 QUICK = Settings(rank=2, epochs=1, target_groups=1)
 LOOSE = {"max_forget_acc": 100, "max_retain_drop": 100, "max_class_drop": 100}

@@ -48,7 +48,7 @@ def refused(read):
 
 
 def base():
-    from gsforget.training import Settings
+    from gsforget.settings import Settings
 
     return Request([], Settings(), Thresholds(), shots=9)
 

@@ -87,7 +87,7 @@ def test_coverage_counts_by_class():
 
 
 def request(images, classes=()):
-    from gsforget.training import Settings
+    from gsforget.settings import Settings
 
     return Request(list(classes), Settings(), Thresholds(), images=images)
 

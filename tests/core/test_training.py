@@ -16,9 +16,10 @@ from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.lora.groups import LoRAGroups
 from gsforget.material import Material
+from gsforget.settings import Settings
 from gsforget.steps import READ_EVERY, StepLog
 from gsforget.tasks.classify import Classification, default_bound
-from gsforget.training import Loop, Settings
+from gsforget.training import Loop
 
 CLASSES, BEE = 4, 1
 

@@ -13,8 +13,9 @@ import torch
 from gsforget import control, processes
 from gsforget.audit.images import PER_CLASS
 from gsforget.coverage import check_counts, check_identical, count_warnings
-from gsforget.data import ImageFolder, ImageSet, few_shot, manifest_sha256, scan
+from gsforget.data import ImageFolder, few_shot, manifest_sha256, scan
 from gsforget.errors import RequestError
+from gsforget.images import ImageSet
 from gsforget.lora.blocks import as_logits, find_feed_forward
 from gsforget.material import gather
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict

@@ -21,6 +21,7 @@ from gsforget.folder import WEIGHTS, is_model_folder, sha256
 from gsforget.lineage import annotations_of, read_request
 from gsforget.predict import pick_device
 from gsforget.request import Request, refuse
+from gsforget.settings import Settings
 from gsforget.source import Source, load_source
 from gsforget.tasks.base import Seen
 from gsforget.tasks.detect import features
@@ -29,7 +30,6 @@ from gsforget.tasks.detect.evidence import NOT_TESTED as UNPROBED
 from gsforget.tasks.detect.evidence import Figures, measured
 from gsforget.tasks.detect.kind import DetectStudy, open_data
 from gsforget.tasks.detect.losses import found_by
-from gsforget.training import Settings
 
 if TYPE_CHECKING:
     from gsforget.audit.case import Ask, Devices

@@ -19,8 +19,9 @@ from gsforget.audit import checks, probes, relearn
 from gsforget.audit.checks import Check, Limits
 from gsforget.audit.deep import curves_json
 from gsforget.audit.relearn import Curve, Starts
-from gsforget.data import ImageSet, Split
+from gsforget.data import Split
 from gsforget.export.device.detections import to_corners
+from gsforget.images import ImageSet
 from gsforget.tasks.detect.ap import match, overlaps
 from gsforget.tasks.detect.losses import found_by, targets_of
 from gsforget.tasks.detect.models import head_of, own_loss, reader

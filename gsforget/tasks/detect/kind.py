@@ -12,9 +12,10 @@ import torch
 
 from gsforget import control, processes
 from gsforget.classes import resolve_classes
-from gsforget.data import ImageSet, Split, split_validation
+from gsforget.data import Split, split_validation
 from gsforget.errors import RequestError
 from gsforget.export.device.preprocess import Preprocess
+from gsforget.images import ImageSet
 from gsforget.material import Material
 from gsforget.request import Request, refuse
 from gsforget.requests.target import Target

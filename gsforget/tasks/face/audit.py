@@ -11,8 +11,9 @@ import torch
 
 from gsforget.audit.checks import UNCOMPARED, Check, of_gate, unknown
 from gsforget.audit.folder import FolderAudit
-from gsforget.data import ImageFolder, ImageSet, Split, manifest_sha256
+from gsforget.data import ImageFolder, Split, manifest_sha256
 from gsforget.gates import evaluate_gates
+from gsforget.images import ImageSet
 from gsforget.metrics import per_class
 from gsforget.predict import pick_device
 from gsforget.request import refuse

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from gsforget.classes import check_remaining
-from gsforget.data import ImageFolder, ImageSet, listed
+from gsforget.data import ImageFolder, listed
 from gsforget.errors import RequestError
 from gsforget.export.device.gallery import Gallery, load_gallery, make_gallery
 from gsforget.export.device.sidecar import write_sidecar
 from gsforget.folder import WEIGHTS, sha256
+from gsforget.images import ImageSet
 from gsforget.lora.blocks import find_feed_forward
 from gsforget.material import gather
 from gsforget.metrics import check_plausible, confusion_matrix, of_classes, predict

@@ -199,7 +199,7 @@ def _trained(folder: Path, seen: tuple[int, ...] = (0, 1, 2, 3)) -> Path:
     torch.manual_seed(0)
     model = rt_detr(24, 8, KINDS).train()
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
-    steps = 160
+    steps = 300
     for step in range(steps):
         rng = np.random.default_rng([7, step])
         scenes = [draw_scene(rng, seen) for _ in range(16)]

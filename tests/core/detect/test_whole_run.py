@@ -7,7 +7,7 @@ from PIL import Image
 
 import gsforget
 from gsforget.folder import load_model, read_config
-from gsforget.training import Settings
+from gsforget.settings import Settings
 
 pytestmark = pytest.mark.slow  # a minute and a half: the detector is trained, two kinds forgotten
 
