@@ -6,7 +6,7 @@ gsforget.export_model(result.folder, onnx=True)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from gsforget.audit.case import Ask
     from gsforget.forgetting import Outcome
     from gsforget.request import Request, Thresholds
     from gsforget.requests.course import Course
@@ -298,10 +297,8 @@ def audit_model(
     Raises:
         RequestError, SafetyError: see `gsforget.errors`.
     """
-    from gsforget.audit.audit import audit
-    from gsforget.audit.case import Ask, open_case
-    from gsforget.audit.publish import places, plain, shown, write
-    from gsforget.request import refuse_annotations
+    from gsforget import auditing
+    from gsforget.audit.case import Ask
 
     ask = Ask(
         Path(model) if model is not None else None,
@@ -320,68 +317,7 @@ def audit_model(
         with_images,
         annotations,
     )
-    say = progress or (lambda _text: None)
-    of_task = _audit_of_task(ask, _Devices())
-    if of_task is not None:
-        found = of_task(_Devices(), Path(out) if out else None, say)
-        if show:
-            show(plain(found))
-        return shown(found)
-    refuse_annotations(annotations)
-    say("opening the models")
-    case = open_case(ask, _Devices())
-    where = places(case, Path(out) if out else None)
-    document, evidence = audit(case, say)
-    say("writing the report")
-    write(where, document, evidence, with_images)
-    if show:
-        show(plain(document))
-    return shown(document)
-
-
-def _audit_of_task(ask: Ask, devices: _Devices) -> Callable[..., dict[str, Any]] | None:
-    """The audit of a folder or an exported file whose task is not classification; None for everything else."""
-    from dataclasses import replace
-
-    from gsforget.folder import is_model_folder, read_config
-    from gsforget.runs import newest_run
-    from gsforget.tasks import find_task
-
-    target = ask.target or newest_run()
-    if target.is_file():
-        task = devices.task(target)
-    else:
-        task = read_config(target).task if is_model_folder(target) else "classify"
-    if task == "classify":
-        return None
-    audit = find_task(task).audit
-    return lambda *rest: audit(replace(ask, target=target), *rest)
-
-
-class _Devices:
-    """What the room of devices lends to the audit: reading images, opening exported files."""
-
-    def __init__(self) -> None:
-        self._loads: dict[str, Callable[[Path], np.ndarray]] = {}
-
-    def loader(self, preprocessing: Mapping[str, Any]) -> Callable[[Path], np.ndarray]:
-        from gsforget.export.device.preprocess import Preprocess
-
-        prepare = Preprocess.from_dict(preprocessing)
-        return self._loads.setdefault(repr(prepare), prepare.load)
-
-    def task(self, path: Path) -> str:
-        """Of an exported file, as its sidecar says; one without is taken for a classifier."""
-        from gsforget.export.device.metadata import read_sidecar
-
-        told = (read_sidecar(path) or {}).get("model") or {}
-        return str(told.get("task", "classify"))
-
-    def open(self, path: Path, device: str, foreign: dict[str, Any] | None) -> tuple[Any, Any]:
-        from gsforget.export.device.runtime import open_model
-
-        predictor = open_model(path, device, foreign)
-        return predictor, predictor.info
+    return auditing.audit(ask, Path(out) if out else None, progress, show)
 
 
 def export_model(run: str | Path, **options: Any) -> dict[str, Any]:
