@@ -119,6 +119,16 @@ def test_retained_people_who_no_longer_verify_breach():
     assert gate.value > 10
 
 
+def test_whoever_enrols_new_people_later_is_told_that_they_verify_worse():
+    tight, loose = ({**TIGHT, "never_seen": spread} for spread in (0.3, 6.0))
+    worse = FaceFigures(open_set(world(tight)), open_set(world(loose)), list("abcdefghi"))
+    (said,) = worse.warnings(1.0)
+    assert "100.0 % of their pairs before" in said
+    assert worse.to_json()["never_seen_tar_drop"]["low"] > 1
+    assert FaceFigures(open_set(world(tight)), open_set(world(tight)), []).warnings(1.0) == []
+    assert FaceFigures(open_set(world(loose)), open_set(world(tight)), []).warnings(1.0) == []
+
+
 def test_a_forgotten_person_taken_for_one_retained_person_breaches():
     after = world({**TIGHT, "forget": 9.0})
     moved = after.embeddings.copy()
@@ -139,6 +149,7 @@ def test_without_never_seen_people_nothing_is_compared():
     figures = FaceFigures(open_set(alone), open_set(alone), list("abcdefg"))
     assert [g.name for g in figures.gates(1.0)] == ["retain_tar_drop"]
     assert any("--never-seen" in said for said in figures.not_tested())
+    assert figures.warnings(1.0) == []
     assert figures.to_json()["never_seen"]["after"] == {"tar": None, "rank_one": None, "cosine": None}
 
 

@@ -128,9 +128,9 @@ class FaceFigures:
         at = self.after.threshold.cosine
         return v.difference(100.0 * (mine[0] > at), mine[1], 100.0 * (theirs[0] > at), theirs[1])
 
-    def retained_drop(self) -> dict[str, float] | None:
-        """TAR of retained people before minus after, each at its own threshold, over the same pairs."""
-        (before, owners), (after, _) = self.before.genuine["retain"], self.after.genuine["retain"]
+    def drop(self, group: str = "retain") -> dict[str, float] | None:
+        """TAR of a group's people before minus after, each at its own threshold, over the same pairs, in points."""
+        (before, owners), (after, _) = self.before.genuine[group], self.after.genuine[group]
         if not len(before):
             return None
         lost = 100.0 * (before > self.before.threshold.cosine) - 100.0 * (after > self.after.threshold.cosine)
@@ -141,7 +141,7 @@ class FaceFigures:
         """What is breached beyond its bound: ``retain_tar_drop``, and with never-seen people ``forget_tar``, ``old_tar`` of
         people forgotten earlier, and ``misattribution`` of both."""
         made = []
-        drop = self.retained_drop()
+        drop = self.drop()
         if drop is not None:
             made.append(_gate("retain_tar_drop", drop, max_retain_drop))
         for group in ("forget", "old"):
@@ -156,6 +156,17 @@ class FaceFigures:
             bound = first.interval[0] - second.interval[1]
             made.append(Gate("misattribution", value, bound, 0.0, bound <= 0.0, first.person))
         return made
+
+    def warnings(self, max_drop: float) -> list[str]:
+        """What no gate watches, and whoever enrols new people later should know: never-seen people verify worse."""
+        lost = self.drop("never_seen")
+        before, after = self.before.tar["never_seen"], self.after.tar["never_seen"]
+        if lost is None or before is None or after is None or lost["low"] <= max_drop:
+            return []
+        return [
+            f"People whom the model never saw verify less often than before: {before.percent:.1f} % of their pairs before, "
+            f"{after.percent:.1f} % after. No gate watches this; try whom you enrol later."
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The `face` section of the document and of metrics.json; percent, cosines from -1 to 1."""
@@ -174,7 +185,8 @@ class FaceFigures:
             "threshold": {when: side.threshold.to_json() for when, side in sides.items()},
             **by_group,
             "tar_excess": self.excess(),
-            "retain_tar_drop": self.retained_drop(),
+            "retain_tar_drop": self.drop(),
+            "never_seen_tar_drop": self.drop("never_seen"),
             "misattribution": {
                 group: {when: self._worst(side.mistaken.get(group)) for when, side in sides.items()}
                 for group in GROUPS

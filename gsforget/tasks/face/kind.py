@@ -208,16 +208,17 @@ class FaceStudy(ClassifyStudy):
         gallery, notes = self._next_gallery()
         section = {**faces.to_json(), "gallery": notes}
         not_tested = [NO_PROBES, *plain.not_tested(summary)[1:], *faces.not_tested()]
+        most = self.request.thresholds.max_retain_drop
         return Measured(
             summary,
             plain.classes(),
             len(self.labels),
-            [*plain.gates(), *faces.gates(self.request.thresholds.max_retain_drop)],
+            [*plain.gates(), *faces.gates(most)],
             plain.picture(),
             dict.fromkeys(PROBES),
             sections={"task": "face", "face": section},
             not_tested=[*not_tested, *([] if gallery else [GALLERY])],
-            warnings=plain.warnings(),
+            warnings=[*plain.warnings(), *faces.warnings(most)],
             in_request={"task": "face", "never_seen": self.new},
             write=gallery,
         )
