@@ -275,8 +275,7 @@ class Loop:
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
-        here = there(rows, self.device)
-        self.rehearsal.run(lambda: duel.attack(self._see(rows), here), lambda: duel.defence(self._see(rows), here))
+        self.rehearsal.run(lambda: duel.attack(self._see(rows), rows), lambda: duel.defence(self._see(rows), rows))
 
     def _remove(self, dead: list[int]) -> None:
         """Take dead groups out of training.  Both factors are zero, so their gradients vanish: they stay dead anyway."""

@@ -81,7 +81,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two losses over forgotten images `rows`, int64 [B], each a scalar.
+    """Two losses over forgotten images `rows`, int64 [B] on the host, each a scalar.
 
     Attributes:
         attack: what somebody would minimise to bring them back.

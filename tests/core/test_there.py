@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from gsforget.tasks.base import Seen
 from gsforget.tasks.classify import Classification, default_bound
 from gsforget.tasks.classify.samples import SingleImagesObjective
+from gsforget.tasks.face.losses import FaceForgetting
 from gsforget.there import places
 
 CLASSES, COUNT, WIDTH = 4, 96, 6
@@ -35,6 +37,9 @@ def objective(kind: str):
     forget, rows = (labels == 1) | (labels == 2), torch.arange(COUNT)
     if kind == "images":
         return SingleImagesObjective(before.outputs.softmax(1), forget, labels, labels == labels)
+    if kind.startswith("face "):
+        people = Seen(*(normalize(t) for t in (before.outputs, before.features)))
+        return FaceForgetting((1,), (2,), kind.split()[1]).objective(people, labels, forget, rows[labels != 2])
     task = Classification(CLASSES, (1,), (2,), default_bound(CLASSES), kind)
     return task.objective(before, labels, forget, rows[labels != 2])
 
@@ -45,7 +50,7 @@ def seen(device: str, rows: torch.Tensor) -> Seen:
     return Seen(outputs.to(device).requires_grad_(), features.to(device).requires_grad_())
 
 
-@pytest.mark.parametrize("kind", ["gs-lora", "gs-lora++", "images"])
+@pytest.mark.parametrize("kind", ["gs-lora", "gs-lora++", "images", "face gs-lora", "face gs-lora++"])
 @pytest.mark.parametrize(
     "batch", [range(40), range(0, COUNT, 4), range(1, COUNT, 4)], ids=["mixed", "retained", "gone"]
 )
@@ -58,8 +63,8 @@ def test_losses_and_their_gradients_ask_the_device_for_nothing(kind, batch):
     losses.total.backward()
     assert mine.outputs.grad.shape == mine.outputs.shape
     if made.duel is not None:
-        duel, here = moved(made).duel, rows.to("meta")
-        (duel.attack(mine, here) + duel.defence(mine, here)).backward()
+        duel = moved(made).duel
+        (duel.attack(mine, rows) + duel.defence(mine, rows)).backward()
 
 
 def test_a_selection_by_flags_does_ask():

@@ -151,10 +151,10 @@ class ClassificationObjective:
         return Duel(self._attack, self._defence) if self.features is not None else None
 
     def _attack(self, seen: Seen, rows: Tensor) -> Tensor:
-        return cross_entropy(seen.outputs.float(), self.labels[rows])
+        return cross_entropy(seen.outputs.float(), self.labels[there(rows, self.labels.device)])
 
     def _defence(self, seen: Seen, rows: Tensor) -> Tensor:
-        return self._forgotten(seen.outputs.float(), rows)
+        return self._forgotten(seen.outputs.float(), there(rows, self.labels.device))
 
     def _forgotten(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """Distance to the targets and bounded ascent, mean over the forgotten images `rows`."""

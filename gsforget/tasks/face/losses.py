@@ -19,6 +19,7 @@ The weights were chosen on one stand-in with seeds 0 to 2; `benchmarks/faces.py`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
 from gsforget.tasks.classify.answers import correct, score
 from gsforget.tasks.face.answers import FaceClassifier
 from gsforget.tasks.face.model import FaceModel
+from gsforget.there import places, there
 
 # All cosine losses are in units of CONCENTRATION nats, as of a von Mises-Fisher density around each target.
 CONCENTRATION = 16.0
@@ -131,25 +133,36 @@ class FaceObjective:
         return Duel(self._attack, self._defence) if self.separability is not None else None
 
     def _attack(self, seen: Seen, rows: Tensor) -> Tensor:
-        return cross_entropy(CONCENTRATION * seen.outputs.float(), self.labels[rows])
+        return cross_entropy(CONCENTRATION * seen.outputs.float(), self.labels[there(rows, self.labels.device)])
 
     def _defence(self, seen: Seen, rows: Tensor) -> Tensor:
         return self._forgotten(seen.outputs.float(), seen.features.float(), rows)
 
+    @cached_property
+    def _here(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`forget`, `wanted` and `labels` on the host."""
+        return self.forget.cpu(), self.wanted.cpu(), self.labels.cpu()
+
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
-        rows = rows.to(self.forget.device)
-        forget, z, cosines = self.forget[rows], seen.features.float(), seen.outputs.float()
-        moved = 1 - (z[~forget] * self.before[rows[~forget]]).sum(1)
+        rows, device = rows.cpu(), self.labels.device
+        forget, wanted = (flags[rows] for flags in self._here[:2])
+        kept, gone, at = places(~forget, device), places(forget, device), there(rows, device)
+        z, cosines = seen.features.float(), seen.outputs.float()
+        moved = 1 - (z[kept] * self.before[at[kept]]).sum(1)
         retain = RETAIN_WEIGHT * CONCENTRATION * _mean(moved)
-        forgotten = self._forgotten(cosines[forget], z[forget], rows[forget])
+        forgotten = self._forgotten(cosines[gone], z[gone], rows[forget])
         if self.separability is not None:
             # No probe learns from people forgotten earlier: where they come back, the other terms move them off again.
-            taken = self.separability.loss(z, rows, forget & self.wanted[rows])
+            taken = self.separability.loss(z, at, places(forget & wanted, device))
             forgotten = forgotten + depth * SEPARABILITY_WEIGHT * taken
         return Losses(retain + forgotten, retain, forgotten)
 
     def _forgotten(self, cosines: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        """Towards the target, off everybody's row, the own one most and, for GS-LoRA++, off the prototype and each other."""
+        """Towards the target, off everybody's row, the own one most and, for GS-LoRA++, off the prototype and each other.
+
+        Rows, int64 [B], are on the host.
+        """
+        identities, rows = self._here[2][rows], there(rows, self.labels.device)
         away = 1 - (z * self.targets[rows]).sum(1)
         labels = self.labels[rows]
         near = cosines.amax(1) - self.stranger
@@ -159,7 +172,7 @@ class FaceObjective:
         if self.separability is None:
             return CONCENTRATION * _mean(total)
         total = total + PUSH_WEIGHT * ((z * self.directions[labels]).sum(1) - self.verified).relu()
-        return CONCENTRATION * (_mean(total) + SCATTER_WEIGHT * together(z, labels, self.verified))
+        return CONCENTRATION * (_mean(total) + SCATTER_WEIGHT * together(z, identities, self.verified))
 
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])
@@ -172,9 +185,12 @@ class FaceObjective:
 
 
 def together(z: Tensor, labels: Tensor, beyond: float) -> Tensor:
-    """How far two images of one person lie above a cosine, mean over all such pairs of embeddings [B, d], labels [B]."""
-    pairs = (labels[:, None] == labels[None]).triu(1)
-    return _mean(((z @ z.T)[pairs] - beyond).relu())
+    """How far two images of one person lie above a cosine, mean over all such pairs of embeddings [B, d].
+
+    Labels, int64 [B], are on the host, so that nobody has to ask the device how many pairs there are.
+    """
+    pairs = places((labels[:, None] == labels[None]).triu(1).flatten(), z.device)
+    return _mean(((z @ z.T).flatten()[pairs] - beyond).relu())
 
 
 def verified_at(embeddings: Tensor, labels: Tensor) -> float:
