@@ -2,17 +2,22 @@
 
     python benchmarks/scenes.py --dir scenes             # half a minute
     python benchmarks/train_detector.py --out detector   # 16 CPU-minutes
-    python benchmarks/detection.py --data scenes --detector detector     # two CPU-minutes a request
+    python benchmarks/train_detector.py --out never-seen-1 --without sandal,bag
+    python benchmarks/train_detector.py --out never-seen-2 --without sandal,bag,coat,sneaker
+    python benchmarks/detection.py --data scenes --detector detector --reference never-seen-1,never-seen-2
     python benchmarks/detection.py --print               # the stored figures
 
 RT-DETR on 96 x 96 scenes composed of Fashion-MNIST, see `scenes.py`; a stand-in for COCO, named as one.  Cells are stored
-in `benchmarks/results/detection.json` as they are measured; a second call measures only what is missing.  `before` is the
-detector as it was trained, on all test scenes.
+in `benchmarks/results/detection.json` as they are measured; a second call measures only what is missing; five CPU-minutes
+a request.  `before` is the detector as it was trained, on all test scenes.  Probes are those of `gsforget audit --tier
+standard`, on the objects of all kinds forgotten so far, next to detectors of the same make that were never told of them,
+one per request.
 """
 
 import argparse
 import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,11 +32,16 @@ from gsforget.folder import is_model_folder
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
 REQUESTS = (("sandal", "bag"), ("coat", "sneaker"))
 METHODS = ("gs-lora++", "gs-lora")
+ATTACKS = ("prototype_attack", "five_shot", "linear_probe_excess")
+AUDITED = ("value", "original", "reference", "verdict")
+SIDES = ("value", "original", "reference"), ("after", "original", "reference")
 PUBLISHED = "3 to 7 AP of kinds forgotten earlier remain (COCO, Deformable DETR)"
 
 
-def request(model: Path, data: Path, kinds: tuple[str, ...], out: Path, method: str, seed: int) -> dict:
-    """One request: figures, gates and what was changed."""
+def request(
+    model: Path, data: Path, kinds: tuple[str, ...], out: Path, method: str, seed: int, original: Path, never_seen: Path
+) -> dict:
+    """One request: figures, gates, what was changed, and what an audit finds in the queries."""
     start = time.process_time()
     outcome = gsforget.forget(
         model, data, kinds, task="detect", method=method, settings=Settings(seed=seed), device="cpu", out=out
@@ -49,11 +59,22 @@ def request(model: Path, data: Path, kinds: tuple[str, ...], out: Path, method: 
         "groups": d["groups"],
         "active": [g["name"] for g in m["groups"] if g["active"]],
         "changed_tensors": d["changed_tensors"],
-        "chosen": {k: m["chosen"][k] for k in ("steps", "stages", "bnd", "levels")},
+        "chosen": {k: m["chosen"][k] for k in ("steps", "stages", "depth", "bnd", "levels")},
+        "audit": probes(outcome.folder, data, original, never_seen, seed) if outcome.folder else None,
     }
 
 
-def chain(store: Store, detector: Path, data: Path, runs: Path, method: str, seed: int) -> None:
+def probes(run: Path, data: Path, original: Path, never_seen: Path, seed: int) -> dict:
+    """What attacks on the queries find of all kinds forgotten so far, percent, in the run, the original and the reference."""
+    with tempfile.TemporaryDirectory() as out:
+        document = gsforget.audit_model(
+            run, data, tier="standard", original=original, reference=never_seen, device="cpu", seed=seed, out=out
+        )
+    found = {c["name"]: {k: c[k] for k in AUDITED} for c in document["checks"] if c["name"] in ATTACKS}
+    return {**found, "linear_probe": document["details"]["linear_probe"], "verdict": document["verdict"]}
+
+
+def chain(store: Store, detector: Path, data: Path, runs: Path, references: list[Path], method: str, seed: int) -> None:
     """Requests in a row; run folders lie in RUNS/METHOD-SEED."""
     folder = detector
     for n, kinds in enumerate(REQUESTS, 1):
@@ -62,7 +83,7 @@ def chain(store: Store, detector: Path, data: Path, runs: Path, method: str, see
             shutil.rmtree(out)  # of a call that was stopped between the run and its cell
         if store.has(key) and not is_model_folder(out):
             store.content["cells"].pop(key)
-        store.measure(key, request, folder, data, kinds, out, method, seed)
+        store.measure(key, request, folder, data, kinds, out, method, seed, detector, references[n - 1])
         if not is_model_folder(out):
             break  # a gate was breached
         folder = out
@@ -84,6 +105,11 @@ def report(store: Store) -> None:
             hidden = [v["after"] for row in rows for v in row["every_query"].values()]
             print(f"  retain drop {spread([row['gates']['retain_ap_drop']['value'] for row in rows])} AP, H", end=" ")
             print(f"{spread([f['h_mean'] for f in found])}, AP50 over every query {spread(hidden)}")
+            for name in (*ATTACKS[:2], "linear_probe"):
+                sides = zip(*([row["audit"][name][k] for k in SIDES[name == "linear_probe"]] for row in rows))
+                print(f"  {name} {', '.join(spread(list(side)) for side in sides)} (after, original, never seen)")
+            print(f"  probe excess {spread([row['audit']['linear_probe_excess']['value'] for row in rows])}", end=", ")
+            print(f"audits {[row['audit']['verdict'] for row in rows]}")
             print(f"  active {[row['active'] for row in rows]} of {rows[0]['groups']['total']}", end="; ")
             print(f"passed {sum(row['verdict'] == 'pass' for row in rows)} of {len(rows)}", end="; ")
             print(f"{statistics.median(row['cpu_seconds'] for row in rows)} CPU-seconds")
@@ -93,6 +119,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("scenes"))
     parser.add_argument("--detector", type=Path, default=Path("detector"))
+    parser.add_argument(
+        "--reference", default="never-seen-1,never-seen-2", help="per request, never told of what is gone by then"
+    )
     parser.add_argument("--runs", type=Path, default=Path("detector-runs"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
@@ -103,9 +132,10 @@ def main() -> None:
     store = Store(args.results, args.again)
     if not args.print:
         torch.set_num_threads(1)
+        references = [Path(name) for name in args.reference.split(",")]
         for seed in map(int, args.seeds.split(",")):
             for method in args.methods.split(","):
-                chain(store, args.detector, args.data, args.runs, method, seed)
+                chain(store, args.detector, args.data, args.runs, references, method, seed)
     report(store)
 
 

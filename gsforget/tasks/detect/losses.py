@@ -31,15 +31,18 @@ from gsforget.export.device.detections import Found, select
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.tasks.base import Losses, Reader, Score, Seen
 from gsforget.tasks.detect.ap import bootstrap, match
+from gsforget.tasks.detect.boxes import centred, giou
 from gsforget.tasks.detect.coco import Scene
 from gsforget.tasks.detect.families import Family
 from gsforget.tasks.detect.models import head_of, own_loss, reader
+from gsforget.tasks.detect.queries import ObjectQueries
 
 BOX_WEIGHTS = 5.0, 2.0  # of L1 and GIoU, those of DETR
 OWN_WEIGHT = 0.1  # of the detector's own loss on retained objects
 HINGE_WEIGHT = 1.0  # of forgotten kinds above their level
 ASCENT_WEIGHT = 0.2
-PUSH_WEIGHT, PUSH_BOUND, PULL_WEIGHT = 0.05, 4.0, 0.3
+PUSH_WEIGHT, PUSH_BOUND, PULL_WEIGHT = 0.05, 4.0, 2.0
+SEPARABILITY_WEIGHT = 0.0125  # at depth 1
 LEVEL = 0.5  # quantile of a kind's logits on images without it, which it is brought down to
 MARGIN = 1.0  # below that level, in nats, where nothing more is asked
 CLEAR = 0.3  # probability from which a query counts as one on an object
@@ -67,13 +70,6 @@ def targets_of(scenes: Sequence[Scene]) -> Targets:
     kept = [~s.crowd for s in scenes]
     kinds = [torch.from_numpy(s.kinds[k]) for s, k in zip(scenes, kept)]
     return Targets(kinds, [torch.from_numpy(centred(s.boxes[k], s.frame)) for s, k in zip(scenes, kept)])
-
-
-def centred(boxes: np.ndarray, frame: tuple[float, float]) -> np.ndarray:
-    """Left, top, width, height in pixels -> centre, width, height as shares of the frame, float32 [n, 4]."""
-    shares = boxes / np.array([*frame, *frame], np.float32)
-    shares[:, :2] += shares[:, 2:] / 2
-    return shares.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,6 @@ def feed_forward_of(model: nn.Module, example: Tensor) -> list[FeedForward]:
 class DetectionObjective:
     """See `gsforget.tasks.base.Objective`; `before` is kept, for it is the target."""
 
-    deepens = False
     duel = None
 
     def __init__(self, task: Detection, before: Seen, forget: Tensor, train: Tensor):
@@ -145,6 +140,9 @@ class DetectionObjective:
         self.prototypes = head_of(task.model, task.family).weight.detach().float()[:count]
         with torch.no_grad():
             self.bound = self._bound(train) if task.bound is None else task.bound
+        self.queries: ObjectQueries | None = None
+        if task.method == "gs-lora++":
+            self.queries = ObjectQueries(task.targets.kinds, task.targets.boxes, before, train, self.gone)
 
     def _levels(self, train: Tensor) -> Tensor:
         """What each forgotten kind's logit may be, [gone]: as on images without it."""
@@ -171,9 +169,12 @@ class DetectionObjective:
     def _targets(self, rows: Tensor, kinds: Tensor) -> list[dict[str, Tensor]]:
         return self.task.targets.of(rows.tolist(), kinds, self.device)
 
+    @property
+    def deepens(self) -> bool:
+        return self.queries is not None and self.queries.opposed
+
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
-        del depth
-        rows = rows.to(self.device)
+        at, rows = rows.cpu(), rows.to(self.device)
         before, now = self._aligned(seen, rows), self.forget[rows]
         clear = self._clear(before)
         objects = clear.sum().clamp_min(1.0)
@@ -187,9 +188,10 @@ class DetectionObjective:
             mine = seen.rows(torch.nonzero(now).flatten())
             ascent, around = own_loss(self.task.model, mine, self._targets(rows[now], self.now))
             forgotten = forgotten + ASCENT_WEIGHT * (self.bound - ascent).relu() + OWN_WEIGHT * around
-        if self.task.method == "gs-lora++":
+        if self.queries is not None:
             pull, push = self._prototypes(seen, before)
             retain, forgotten = retain + PULL_WEIGHT * pull, forgotten + PUSH_WEIGHT * push
+            forgotten = forgotten + depth * SEPARABILITY_WEIGHT * self.queries.loss(seen, at)
         return Losses(retain + forgotten, retain, forgotten)
 
     def _aligned(self, seen: Seen, rows: Tensor) -> Seen:
@@ -285,23 +287,15 @@ class DetectionObjective:
         """Never asked: images of kinds forgotten earlier are retained images, on which these kinds stay suppressed."""
         return torch.zeros(len(rows), dtype=torch.bool)
 
-    def named(self, seen: Seen, rows: Tensor) -> None:
-        del seen, rows
+    def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
+        """Of forgotten objects on the images, by the opponent of the training."""
+        return None if self.queries is None else self.queries.named(seen, rows.cpu())
 
 
 def found_by(seen: Seen, family: Family) -> Found:
     """Detections of a model's outputs as its own post-processing gives them, nothing masked."""
     logits, boxes = seen.outputs.float().cpu().numpy(), seen.more["boxes"].float().cpu().numpy()
     return select(logits, boxes, family.scoring, family.most or logits.shape[1])
-
-
-def giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised intersection over union of boxes, pair by pair, [..., 4] as centre, width, height -> [...]."""
-    (a1, a2), (b1, b2) = (((b[..., :2] - b[..., 2:] / 2), (b[..., :2] + b[..., 2:] / 2)) for b in (boxes, others))
-    shared = (torch.minimum(a2, b2) - torch.maximum(a1, b1)).clamp_min(0).prod(-1)
-    union = (a2 - a1).prod(-1) + (b2 - b1).prod(-1) - shared
-    around = (torch.maximum(a2, b2) - torch.minimum(a1, b1)).clamp_min(0).prod(-1)
-    return shared / union.clamp_min(1e-9) - (around - union) / around.clamp_min(1e-9)
 
 
 def _mean_percent(values: Sequence[float]) -> float | None:

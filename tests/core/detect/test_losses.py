@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gsforget.tasks.base import Seen
+from gsforget.tasks.detect.boxes import centred, giou
 from gsforget.tasks.detect.coco import open_scenes
 from gsforget.tasks.detect.families import FAMILIES
-from gsforget.tasks.detect.losses import Detection, Targets, centred, giou
+from gsforget.tasks.detect.losses import Detection, Targets
 from gsforget.tasks.detect.models import load_detector, reader
 
 KINDS = ["red", "green", "blue", "white"]
