@@ -1,4 +1,8 @@
-"""Tile sizes of the kernels, by GPU generation and element size, chosen so that no register spills (see `specs`)."""
+"""Tile sizes of the kernels, by GPU generation and element size, chosen so that no register spills (see `specs`).
+
+Which do depends on the version of Triton as well: all of these were compiled with 3.6 and 3.8, for every target that
+these know (3.6 does not know sm_110).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,8 @@ def product_tile(target: int, size: int, rank: int) -> Tile:
     if size == 4:
         if target in (100, 110) and rank <= 32:
             return Tile(128, 128, 32, 8, 3)
+        if target >= 120 and rank == 16:
+            return Tile(64, 64, 32, 4, 2)
         return Tile(64, 64, 32, 8, 2) if rank > 32 or target >= 120 else Tile(128, 64, 32, 8, 2)
     return Tile(128, 128, 64, 8, 3)
 
@@ -45,8 +51,9 @@ def pass_tile(target: int, size: int, rank: int) -> Tile:
     if size == 4 and rank > 32:
         return Tile(16, 16, 0, 8, 1) if target == 110 else Tile(32, 32, 0, 8, 1)
     if size == 4:
-        return Tile(64, 64 if rank == 16 else 32, 0, 8, 2)
-    return Tile(64, 64, 0, 8 if target >= 100 and rank > 32 else 4, 2)
+        return Tile(64, 64, 0, 8, 2) if rank == 16 else Tile(64, 32, 0, 8, 2 if target >= 90 else 1)
+    many = rank > 32 if target >= 100 else rank == 32 and _few_registers(target)
+    return Tile(64, 64, 0, 8 if many else 4, 2)
 
 
 def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
@@ -54,24 +61,28 @@ def gradient_tile(target: int, size: int, rank: int, gated: bool) -> Tile:
     if not target:
         return Tile(16, 16, 0, 4, 1)
     if target < 80:
-        many = rank > 32 or (size == 4 and rank == 16)  # the latter spills 8 bytes over 4 warps with Triton 3.6
+        many = rank > 32 or (size == 4 and rank == 16)
         return Tile(16, 16, 0, 8 if gated and many else 4, 1)
-    small = target in (86, 87, 89)  # what compiles without a spill on an A100 spills a few bytes there
-    if size == 4 and rank > 32:
-        return Tile(16, 16, 0, 8, 1)
-    if target == 90:  # larger ones spill with Triton 3.6, and not with later ones
-        if size == 4 and not gated:
-            return Tile(32, 32, 0, 8, 2 if rank == 16 else 1)
-        if size == 2 and gated and rank == 16:
-            return Tile(64, 32, 0, 8, 2)
+    small = _few_registers(target)
     if size == 4:
-        wide = rank == 32 or (rank == 16 and not gated and target < 100 and not small)
-        return Tile(64, 32, 0, 8, 2) if wide else Tile(32, 32, 0, 8, 1)
+        if rank > 32:
+            return Tile(16, 16, 0, 8, 1)
+        if rank == 16 and target == 80 and not gated:
+            return Tile(64, 32, 0, 8, 2)
+        staged = rank == 16 and (target >= 120 or (small if gated else target == 90))
+        return Tile(32, 32, 0, 8, 2 if staged else 1)
+    if target == 90 and gated and rank == 16:
+        return Tile(64, 32, 0, 8, 2)
     if rank == 16:
         return Tile(64, 64, 0, 8, 2)
     if target >= 120 and rank == 64 and gated:
         return Tile(32, 32, 0, 8, 1)
     return Tile(64, 32, 0, 4 if rank == 32 and (gated or (target < 100 and not small)) else 8, 2)
+
+
+def _few_registers(target: int) -> bool:
+    """Where what compiles without a spill for an A100 spills a few bytes."""
+    return target in (86, 87, 89)
 
 
 def padded(rank: int) -> int:
