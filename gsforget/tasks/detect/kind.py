@@ -289,7 +289,7 @@ def check_request(request: Request) -> None:
             "--never-seen": request.never_seen,
             "--max-probe-excess": request.thresholds.max_probe_excess is not None,
         },
-        "{} is about features, which are not looked at while a detector forgets.",
+        "{} compares features with those of a model that never saw the classes, which the run of a detector does not.",
         "Leave out {}, and compare afterwards: gsforget audit RUN --data DIR --tier standard --reference FOLDER.",
         "not_for_detection",
     )
