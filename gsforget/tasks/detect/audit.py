@@ -200,7 +200,7 @@ def _features(
         tested,
         case.retained,
         features.choose(splits[0], [*tested, *case.retained], features.PER_KIND, seed),
-        features.choose(splits[1], tested, features.PER_KIND, seed)[: features.MOST],
+        features.choose(splits[1], tested, max(features.PER_KIND, features.MOST // len(tested)), seed)[: features.MOST],
         load,
         study.device,
         study.batch,

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from gsforget.tasks.detect.coco import Scene
     from gsforget.tasks.detect.families import Family
 
-PER_KIND = 50  # training objects of each kind
-MOST = 500  # test images
+PER_KIND = 50  # training objects of each kind, and test objects at least
+MOST = 500  # test objects in all, or so, and images that show them: with a hundred, a probe is good to five points only
 SIDES = ("subject", "original", "reference")
 HEAD_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100)
 FULL_STEPS = (1, 2, 4, 7, 10, 15, 20, 30, 40, 60, 80, 100)
