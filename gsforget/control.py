@@ -169,11 +169,11 @@ class Watch:
         """Whether there are enough images to rule out a loss of `BLUR` points."""
         return self.drop_most is not None and self.drop_most <= BLUR
 
-    def lossless(self, max_forget: float) -> bool:
-        """Forgotten, with no loss beyond `NOISE`, by enough images to have seen it."""
+    def lossless(self, max_forget: float, noise: float = NOISE) -> bool:
+        """Forgotten, with no loss beyond `noise` points, by enough images to have seen it."""
         if self.retain is None or self.retain_before is None:
             return False
-        return self.sharp and self.forgotten(max_forget) and self.retain >= self.retain_before - NOISE
+        return self.sharp and self.forgotten(max_forget) and self.retain >= self.retain_before - noise
 
     def stuck(self, earlier: Watch, max_forget: float) -> bool:
         """Forgotten twice, and the stage in between has won back no retained accuracy worth speaking of."""
@@ -205,6 +205,7 @@ class StageControl:
         max_forget, max_drop: percent and points at which a stage satisfies.
         deepens: whether there is a depth to choose.
         limit: stages at most.
+        noise: points that a depth may cost and count as free.
         depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
     """
 
@@ -212,6 +213,7 @@ class StageControl:
     max_drop: float
     deepens: bool
     limit: int = STAGES
+    noise: float = NOISE
     depth: float = DEPTHS[0]
     good: Watch | None = None
     good_depth: float = DEPTHS[0]
@@ -237,7 +239,7 @@ class StageControl:
     def after(self, watch: Watch) -> After:
         """Judge a stage; `good` is this watch afterwards if and only if it is the best so far."""
         before, self.last, self.done = self.last, watch, self.done + 1
-        lossless = watch.lossless(self.max_forget)
+        lossless = watch.lossless(self.max_forget, self.noise)
         if lossless and self._wins_nothing(watch):
             self.idle += 1
             return After.GO_BACK if self.idle == IDLE else self._deeper(After.GO_BACK)

@@ -180,7 +180,7 @@ class Loop:
             return fixed
         limit = stage_limit(length) if s.epochs is None else 1
         deepens = self.objective.deepens and not self.material.blind
-        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, deepens, limit)
+        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, deepens, limit, self.objective.noise)
         after, kept = After.GO_ON, (self.groups.flat.detach().clone(), self._alive())
         while after is After.GO_ON:
             self._settle(length)

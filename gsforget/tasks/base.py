@@ -139,6 +139,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def noise(self) -> float:
+        """Points of `Score.retain` whose loss on validation images still counts as none, when more is taken."""
+        ...
+
+    @property
     def duel(self) -> Duel | None:
         """What is rehearsed while groups settle, see `rehearsal`; None where nothing is."""
         ...

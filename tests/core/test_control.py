@@ -215,3 +215,12 @@ def test_the_spectral_norm_is_the_largest_singular_value(shape):
     wanted = torch.linalg.svdvals(matrix)[0].item()
     assert control.square_of_spectral_norm(matrix).sqrt().item() == pytest.approx(wanted, rel=1e-12)
     assert control.square_of_spectral_norm(0 * matrix).item() == 0
+
+
+def test_what_counts_as_free_is_the_tasks_to_say():
+    """Points of AP weigh more than points of accuracy."""
+    lost = watched(bound=0.4, retain=97.4)
+    for noise, goes_deeper in ((control.NOISE, True), (0.5, False)):
+        stages = StageControl(1.0, 1.0, True, noise=noise)
+        stages.after(lost)
+        assert (stages.depth > control.DEPTHS[0]) == goes_deeper

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gsforget.control import NOISE
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.prototypes import Prototypes
 from gsforget.separability import Separability
@@ -144,6 +145,7 @@ class ClassificationObjective:
     bound: float
     features: FeatureObjective | None = None
     right_before: Tensor = field(default_factory=nothing)
+    noise: float = NOISE
 
     @property
     def duel(self) -> Duel | None:

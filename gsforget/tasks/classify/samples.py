@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gsforget.control import NOISE
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.tasks.base import Losses, Reader, Score, Seen
 from gsforget.tasks.classify.answers import correct, logits_reader, score
@@ -75,6 +76,7 @@ class SingleImagesObjective:
     right_before: Tensor
     duel: None = None
     deepens: bool = False
+    noise: float = NOISE
 
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])

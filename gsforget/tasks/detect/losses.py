@@ -48,6 +48,7 @@ SEPARABILITY_WEIGHT = 0.0125  # at depth 1
 LEVEL = 0.5  # quantile of a kind's logits on images without it, which it is brought down to
 MARGIN = 1.0  # below that level, in nats, where nothing more is asked
 CLEAR = 0.3  # probability from which a query counts as one on an object
+FREE = 0.5  # points of AP that may be lost on validation images where more is taken from the queries
 DRAWS = 100  # of the bootstrap on validation images
 
 
@@ -128,6 +129,7 @@ class DetectionObjective:
     """See `gsforget.tasks.base.Objective`; `before` is kept, for it is the target."""
 
     duel = None
+    noise = FREE
 
     def __init__(self, task: Detection, before: Seen, forget: Tensor, train: Tensor):
         self.task, self.before, self.forget = task, before, forget

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from gsforget.control import NOISE
 from gsforget.lora.blocks import FeedForward, find_feed_forward
 from gsforget.separability import Separability
 from gsforget.tasks.base import Duel, Losses, Reader, Score, Seen
@@ -122,6 +123,7 @@ class FaceObjective:
     right_before: Tensor
     separability: Separability | None
     wanted: Tensor
+    noise: float = NOISE
 
     @property
     def deepens(self) -> bool:
