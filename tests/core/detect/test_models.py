@@ -102,10 +102,12 @@ def test_a_model_folder_says_how_to_build_it_again(opened, tmp_path):
     save_model(model.state_dict(), config, tmp_path / "run")
     again, same = load_model(tmp_path / "run")
     assert same == ModelConfig.from_json(json.loads((tmp_path / "run" / "config.json").read_text())) == config
+    weights, read = model.state_dict(), again.state_dict()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
     batch = images(config)
-    with torch.no_grad():
-        torch.testing.assert_close(again(batch).logits, model(batch).logits, rtol=0, atol=0)
-    assert set(build_model(config).state_dict()) == set(model.state_dict())
+    with torch.no_grad():  # the last bits of a product may depend on where in memory its factors lie
+        torch.testing.assert_close(again(batch).logits, model(batch).logits, rtol=0, atol=1e-5)
+    assert set(build_model(config).state_dict()) == set(weights) == set(read)
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 47), (32, 32), (21, 64), (90, 60)])
