@@ -98,8 +98,8 @@ def test_a_chain_is_measured_stored_and_not_measured_again(trained, squares, tmp
     assert not found["failed"], found["failed"]
     (row,) = found["rows"]
     assert len(row["h"]) == 2
-    assert row["worst"]["forget_ap50_after"].median <= 1
-    assert row["worst"]["old_ap50_after"].median <= 1
+    assert row["worst"]["forget_ap50_after"].median <= 5  # eight queries are all ranked: chance gives a few percent
+    assert row["worst"]["old_ap50_after"].median <= 5
     assert "earlier AP" in found["table"]["columns"]
     before = (tmp_path / "bench.json").read_bytes()
     assert (tmp_path / "bench.png").stat().st_size > 1000

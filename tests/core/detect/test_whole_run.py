@@ -12,11 +12,33 @@ from gsforget.settings import Settings
 pytestmark = pytest.mark.slow  # a minute and a half: the detector is trained, two kinds forgotten
 
 
+SETTINGS = Settings(batch_size=32, rank=8)
+
+
+@pytest.fixture(scope="module")
+def deep(trained, squares, tmp_path_factory):
+    """One request by the default method, which takes the kind from the queries as well."""
+    return gsforget.forget(
+        trained, squares, ["red"], task="detect", runs=tmp_path_factory.mktemp("deep"), settings=SETTINGS
+    )
+
+
+def test_the_default_method_goes_deeper_and_keeps_the_others(deep):
+    """A detector of eight queries ranks them all, so that a few percent of AP50 are chance."""
+    m = deep.document["metrics"]
+    assert deep.passed, (m, deep.document["gates"])
+    assert deep.metrics["chosen"]["depth"] >= 1
+    assert m["forget_ap50_before"] > 30
+    assert m["forget_ap50_after"] <= 5
+    assert m["retain_ap_before"] - m["retain_ap_after"] <= 1.5
+    assert deep.document["detection"]["detections"]["of_forgotten_kinds"]["after"] == 0
+
+
 @pytest.fixture(scope="module")
 def chain(trained, squares, tmp_path_factory):
-    """Two requests in a row."""
+    """Two requests in a row, of which the answers are forgotten."""
     runs = tmp_path_factory.mktemp("runs")
-    options = {"runs": runs, "settings": Settings(batch_size=32, rank=8)}
+    options = {"runs": runs, "settings": SETTINGS, "method": "gs-lora"}
     first = gsforget.forget(trained, squares, ["red"], task="detect", **options)
     second = gsforget.forget(first.folder, squares, ["blue"], **options) if first.folder else None
     return first, second
@@ -71,12 +93,9 @@ def test_an_audit_shows_ap_per_kind_and_boxes_and_no_erased_name(chain, squares,
         assert part in page
 
 
-def test_probes_and_relearning_stand_beside_a_detector_that_never_saw_the_kind(
-    chain, squares, trained, never_seen, tmp_path
-):
-    first, _ = chain
+def test_probes_and_relearning_stand_beside_a_detector_that_never_saw_the_kind(deep, squares, never_seen, tmp_path):
     options = {"tier": "full", "reference": never_seen, "out": tmp_path}
-    document = gsforget.audit_model(first.folder, squares, **options)
+    document = gsforget.audit_model(deep.folder, squares, **options)
     checks = {c["name"]: c for c in document["checks"]}
     for name in ("prototype_attack", "five_shot"):
         assert all(0 <= checks[name][who] <= 100 for who in ("value", "original", "reference")), checks[name]
