@@ -20,11 +20,11 @@ from gsforget.audit.checks import Check, Limits
 from gsforget.audit.deep import curves_json
 from gsforget.audit.relearn import Curve, Starts
 from gsforget.data import Split
-from gsforget.export.device.detections import to_corners
 from gsforget.images import ImageSet
-from gsforget.tasks.detect.ap import match, overlaps
+from gsforget.tasks.detect.ap import match
 from gsforget.tasks.detect.losses import found_by, targets_of
 from gsforget.tasks.detect.models import head_of, own_loss, reader
+from gsforget.tasks.detect.queries import on_objects
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,21 +90,11 @@ class Looked:
 
 def objects_of(seen: Seen, scenes: Sequence[Scene]) -> Objects:
     """The objects on the scenes of a batch, crowds left out, each by the query whose box covers it best."""
-    boxes = to_corners(seen.more["boxes"].float().cpu().numpy())
-    queries = seen.more["queries"].float().cpu().numpy()
-    features, kinds = [], []
-    for n, scene in enumerate(scenes):
-        here = ~scene.crowd
-        if not here.any():
-            continue
-        edges = boxes[n] * np.array([*scene.frame, *scene.frame])
-        said = np.concatenate([edges[:, :2], edges[:, 2:] - edges[:, :2]], 1)
-        shared = overlaps(said, scene.boxes[here].astype(np.float64), np.zeros(int(here.sum()), bool))
-        features.append(queries[n][shared.argmax(0)])
-        kinds.append(scene.kinds[here])
-    if not features:
-        return Objects(np.zeros((0, queries.shape[-1]), np.float32), np.zeros(0, np.int64))
-    return Objects(np.concatenate(features), np.concatenate(kinds))
+    targets = targets_of(scenes)
+    place = torch.arange(len(scenes)).repeat_interleave(torch.tensor([len(k) for k in targets.kinds]))
+    device = seen.outputs.device
+    features = on_objects(seen, place.to(device), torch.cat(targets.boxes).to(device))
+    return Objects(features.cpu().numpy(), torch.cat(targets.kinds).numpy())
 
 
 def choose(scenes: Sequence[Scene], kinds: Sequence[int], per_kind: int, seed: int) -> list[Scene]:

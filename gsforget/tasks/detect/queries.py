@@ -1,7 +1,7 @@
 """The objects on the images of a request, each by the query that lies on it, and what a probe tells of forgotten ones.
 
-An object's feature is what the class head reads of the query whose box covers the object best, as the audit takes it
-(`features`).  Against what a linear probe could still tell of the kinds to forget play the opponents of classification,
+An object's feature is what the class head reads of the query whose box covers the object best; the audit asks for the
+same (`features`).  Against what a linear probe could still tell of the kinds to forget play the opponents of classification,
 see `gsforget.separability`: objects stand for images, kinds for classes.
 """
 
@@ -16,6 +16,19 @@ from gsforget.separability import Separability
 from gsforget.tasks.base import Seen
 from gsforget.tasks.detect.boxes import iou
 from gsforget.there import places, there
+
+PIECE = 256  # images whose boxes are compared with all queries at once
+
+
+def on_objects(seen: Seen, place: Tensor, boxes: Tensor) -> Tensor:
+    """What the head reads of the query whose box covers each object best, float32 [M, d].
+
+    Args:
+        seen: what a model makes of B images, with `boxes` [B, Q, 4] and `queries` [B, Q, d].
+        place: int64 [M], the image that each object is on; boxes: float32 [M, 4] (centre, width, height, as shares).
+    """
+    said = seen.more["boxes"].detach().float()[place]
+    return seen.more["queries"][place, iou(said, boxes[:, None]).argmax(1)].float()
 
 
 class ObjectQueries:
@@ -37,7 +50,8 @@ class ObjectQueries:
         self.gone = torch.isin(labels, gone.cpu())
         learned = torch.nonzero(torch.isin(self.images, train.cpu()))[:, 0]
         self.device = before.outputs.device
-        features = self.features(before, torch.arange(len(counts)), torch.arange(len(labels)))
+        pieces = torch.arange(len(counts)).split(PIECE)
+        features = torch.cat([self.features(before.rows(rows), rows, self.on(rows)) for rows in pieces])
         self.labels = labels.to(self.device)
         self.separability = Separability(features, self.labels, learned, self.gone.to(self.device))
 
@@ -59,10 +73,9 @@ class ObjectQueries:
         """
         place = torch.full((len(self.first),), -1)
         place[rows] = torch.arange(len(rows))
-        at = there(place[self.images[objects]], self.device)
-        said = seen.more["boxes"].detach().float()[at]
-        covering = iou(said, there(self.boxes[objects], self.device)[:, None]).argmax(1)
-        return seen.more["queries"][at, covering].float()
+        return on_objects(
+            seen, there(place[self.images[objects]], self.device), there(self.boxes[objects], self.device)
+        )
 
     def loss(self, seen: Seen, rows: Tensor) -> Tensor:
         """What the opponents tell of the forgotten objects on training images, in nats; arguments as for `features`."""
