@@ -19,16 +19,21 @@ def audit(
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The document of `audit.json`, see `gsforget.audit_model`; `out`, `progress` and `show` are as there."""
+    from dataclasses import replace
+
     from gsforget.audit.audit import audit as of_classifier
     from gsforget.audit.case import open_case
     from gsforget.audit.publish import places, plain, shown, write
     from gsforget.request import refuse_annotations
+    from gsforget.runs import newest_run
+    from gsforget.tasks import find_task
 
     say = progress or (lambda _text: None)
     devices = Devices()
-    of_task = _audit_of_task(ask, devices)
-    if of_task is not None:
-        document = of_task(devices, out, say)
+    target = ask.target or newest_run()
+    task = _task_of(target, devices)
+    if task != "classify":
+        document = find_task(task).audit(replace(ask, target=target), devices, out, say)
     else:
         refuse_annotations(ask.annotations)
         say("opening the models")
@@ -42,23 +47,13 @@ def audit(
     return shown(document)
 
 
-def _audit_of_task(ask: Ask, devices: Devices) -> Callable[..., dict[str, Any]] | None:
-    """The audit of a folder or an exported file whose task is not classification; None for everything else."""
-    from dataclasses import replace
-
+def _task_of(target: Path, devices: Devices) -> str:
+    """Of a folder or an exported file; what does not say is taken for a classifier."""
     from gsforget.folder import is_model_folder, read_config
-    from gsforget.runs import newest_run
-    from gsforget.tasks import find_task
 
-    target = ask.target or newest_run()
     if target.is_file():
-        task = devices.task(target)
-    else:
-        task = read_config(target).task if is_model_folder(target) else "classify"
-    if task == "classify":
-        return None
-    audit = find_task(task).audit
-    return lambda *rest: audit(replace(ask, target=target), *rest)
+        return devices.task(target)
+    return read_config(target).task if is_model_folder(target) else "classify"
 
 
 class Devices:

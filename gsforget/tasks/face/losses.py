@@ -141,13 +141,18 @@ class FaceObjective:
         return self._forgotten(seen.outputs.float(), seen.features.float(), rows)
 
     @cached_property
-    def _here(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`forget`, `wanted` and `labels` on the host."""
-        return self.forget.cpu(), self.wanted.cpu(), self.labels.cpu()
+    def _flags(self) -> tuple[Tensor, Tensor]:
+        """`forget` and `wanted` on the host."""
+        return self.forget.cpu(), self.wanted.cpu()
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        """`labels` on the host."""
+        return self.labels.cpu()
 
     def losses(self, seen: Seen, rows: Tensor, depth: float = 1.0) -> Losses:
         rows, device = rows.cpu(), self.labels.device
-        forget, wanted = (flags[rows] for flags in self._here[:2])
+        forget, wanted = (flags[rows] for flags in self._flags)
         kept, gone, at = places(~forget, device), places(forget, device), there(rows, device)
         z, cosines = seen.features.float(), seen.outputs.float()
         moved = 1 - (z[kept] * self.before[at[kept]]).sum(1)
@@ -164,7 +169,7 @@ class FaceObjective:
 
         Rows, int64 [B], are on the host.
         """
-        identities, rows = self._here[2][rows], there(rows, self.labels.device)
+        identities, rows = self._labels[rows], there(rows, self.labels.device)
         away = 1 - (z * self.targets[rows]).sum(1)
         labels = self.labels[rows]
         near = cosines.amax(1) - self.stranger
