@@ -34,7 +34,6 @@ REQUESTS = (("sandal", "bag"), ("coat", "sneaker"))
 METHODS = ("gs-lora++", "gs-lora")
 ATTACKS = ("prototype_attack", "five_shot", "linear_probe_excess")
 AUDITED = ("value", "original", "reference", "verdict")
-SIDES = ("value", "original", "reference"), ("after", "original", "reference")
 PUBLISHED = "3 to 7 AP of kinds forgotten earlier remain (COCO, Deformable DETR)"
 
 
@@ -105,11 +104,13 @@ def report(store: Store) -> None:
             hidden = [v["after"] for row in rows for v in row["every_query"].values()]
             print(f"  retain drop {spread([row['gates']['retain_ap_drop']['value'] for row in rows])} AP, H", end=" ")
             print(f"{spread([f['h_mean'] for f in found])}, AP50 over every query {spread(hidden)}")
-            for name in (*ATTACKS[:2], "linear_probe"):
-                sides = zip(*([row["audit"][name][k] for k in SIDES[name == "linear_probe"]] for row in rows))
+            audits = [row["audit"] for row in rows if row.get("audit")]  # a run whose gate was breached has none
+            for name in (*ATTACKS[:2], "linear_probe") if audits else ():
+                sides = zip(*(list(audit[name].values())[:3] for audit in audits))
                 print(f"  {name} {', '.join(spread(list(side)) for side in sides)} (after, original, never seen)")
-            print(f"  probe excess {spread([row['audit']['linear_probe_excess']['value'] for row in rows])}", end=", ")
-            print(f"audits {[row['audit']['verdict'] for row in rows]}")
+            if audits:
+                print(f"  probe excess {spread([audit['linear_probe_excess']['value'] for audit in audits])}", end=", ")
+                print(f"audits {[audit['verdict'] for audit in audits]}")
             print(f"  active {[row['active'] for row in rows]} of {rows[0]['groups']['total']}", end="; ")
             print(f"passed {sum(row['verdict'] == 'pass' for row in rows)} of {len(rows)}", end="; ")
             print(f"{statistics.median(row['cpu_seconds'] for row in rows)} CPU-seconds")
