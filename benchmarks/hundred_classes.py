@@ -55,23 +55,32 @@ def request(
     tier: str | None,
     **options,
 ) -> dict:
-    """One request with what its own attacks found, and what an audit says next to a model that never saw the classes."""
+    """One request with what its own attacks found, and what audits say next to a model that never saw the classes.
+
+    `checks` are about the classes of this request, next to the model before it; `all_so_far` about those of earlier requests
+    as well, next to the first model, as `gsforget audit` looks at a run by itself.
+    """
     figures = cell(model, data, classes, runs, seed=seed, reference=reference, **options)
     if tier is None or figures["verdict"] != "pass":
         return figures
-    document = gsforget.audit_model(
-        figures["folder"], data, tier=tier, reference=reference, original=model, device="cpu", seed=seed
-    )
-    kept = ("value", "original", "reference", "threshold", "verdict")
+    ask = {"reference": reference, "device": "cpu", "seed": seed}
+    everything = gsforget.audit_model(figures["folder"], data, tier="standard", **ask)
+    document = gsforget.audit_model(figures["folder"], data, tier=tier, original=model, **ask)
     curves = document["details"].get("relearning", {}).get("full", {})
     return {
         **figures,
-        "tier": tier,
-        "audit_verdict": document["verdict"],
+        **judged(document),
         "audit_seconds": document["seconds"],
-        "checks": {check["name"]: {k: check[k] for k in kept} for check in document["checks"]},
         "relearning": {k: curves[k] for k in ("steps", "subject", "reference") if k in curves},
+        "all_so_far": judged(everything),
     }
+
+
+def judged(document: dict) -> dict:
+    """What an audit says, as it is stored."""
+    kept = ("value", "original", "reference", "threshold", "verdict")
+    checks = {check["name"]: {k: check[k] for k in kept} for check in document["checks"]}
+    return {"tier": document["tier"], "audit_verdict": document["verdict"], "checks": checks}
 
 
 def missing_data(root: Path) -> tuple[Path, list[str]]:
@@ -137,6 +146,9 @@ def report(store: Store) -> None:
                 judged = [r["checks"][name] for r in rows if name in r.get("checks", {})]
                 values = [(c["value"], c["reference"], c["verdict"]) for c in judged]
                 print(f"    {name}: ", values)
+            so_far = [r["all_so_far"]["checks"]["linear_probe_excess"]["value"] for r in rows if "all_so_far" in r]
+            if so_far:
+                print(f"    linear_probe_excess of all classes so far: {spread(so_far)} (n={len(so_far)})")
     for key, row in store.cells("floors").items():
         print(key, row)
 
