@@ -8,7 +8,8 @@ on the demo and a 100-class set, and serve every request.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ NOISE = 1.0  # points that validation may show as lost by a depth that costs not
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
 LEAK_WON, IDLE = 1.0, 2  # points of the leak that a deeper stage must win, and how many may fail to before it ends
+ALONG = 4  # stages, at most, that take classes forgotten earlier along
+MOST_FORGET = 2.0  # images per retained one in a batch, at most, once they do
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages, at least, where there are too few images for validation to tell
@@ -142,7 +145,9 @@ class Watch:
         drop_bound: lower one-sided 95 % bound of the loss of retained accuracy, in points, as the gates judge it.
         drop_most: the upper bound; with few images it is large, and says that a loss would not be seen.
         old: of the classes that earlier requests forgot; returned: those of them that the model names again.
-        leak: percent of images to forget whose class a fresh linear probe names, see `separability`.
+        leak: percent of images to forget whose class a fresh linear probe names, see `separability`; of all classes
+            forgotten so far once earlier ones are taken along.
+        class_bound: as `drop_bound`, of the retained class that lost most; None where no gate looks at it.
     """
 
     step: int
@@ -155,6 +160,7 @@ class Watch:
     old: float | None = None
     returned: list[int] = field(default_factory=list)
     leak: float | None = None
+    class_bound: float | None = None
 
     def forgotten(self, max_forget: float) -> bool:
         """Whether the classes to forget are gone, and none that was forgotten earlier is back."""
@@ -169,9 +175,11 @@ class Watch:
         """Whether there are enough images to rule out a loss of `BLUR` points."""
         return self.drop_most is not None and self.drop_most <= BLUR
 
-    def lossless(self, max_forget: float, noise: float = NOISE) -> bool:
-        """Forgotten, with no loss beyond `noise` points, by enough images to have seen it."""
+    def lossless(self, max_forget: float, noise: float = NOISE, max_class: float = math.inf) -> bool:
+        """Forgotten, with no loss beyond `noise` points and no class beyond `max_class`, by enough images to have seen it."""
         if self.retain is None or self.retain_before is None:
+            return False
+        if self.class_bound is not None and self.class_bound > max_class:
             return False
         return self.sharp and self.forgotten(max_forget) and self.retain >= self.retain_before - noise
 
@@ -205,7 +213,7 @@ class StageControl:
         max_forget, max_drop: percent and points at which a stage satisfies.
         deepens: whether there is a depth to choose.
         limit: stages at most.
-        noise: points that a depth may cost and count as free.
+        noise, max_class: points that a depth may cost, and one class may lose by the bound, and count as free.
         depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
     """
 
@@ -214,6 +222,7 @@ class StageControl:
     deepens: bool
     limit: int = STAGES
     noise: float = NOISE
+    max_class: float = math.inf
     depth: float = DEPTHS[0]
     good: Watch | None = None
     good_depth: float = DEPTHS[0]
@@ -222,11 +231,19 @@ class StageControl:
     idle: int = 0
     last: Watch | None = None
 
+    def along(self, start: Watch) -> StageControl:
+        """What decides on the stages that follow, in which earlier classes are taken along, `start` being where they begin."""
+        return replace(self, limit=ALONG, good=start, depth=self.good_depth, done=0, failed=0, idle=0, last=None)
+
     def _wins_nothing(self, watch: Watch) -> bool:
         """Whether a deeper stage took no more from the features than the last good one."""
-        if self.good is None or self.depth == DEPTHS[0] or watch.leak is None or self.good.leak is None:
+        if self.good is None or not self.lossless(self.good) or watch.leak is None or self.good.leak is None:
             return False
         return watch.leak > self.good.leak - LEAK_WON
+
+    def lossless(self, watch: Watch) -> bool:
+        """Whether validation sees no loss, by the limits of this request."""
+        return watch.lossless(self.max_forget, self.noise, self.max_class)
 
     def _deeper(self, end: After) -> After:
         """Another stage at the next depth; `end` where there is none, or no stage left."""
@@ -239,7 +256,7 @@ class StageControl:
     def after(self, watch: Watch) -> After:
         """Judge a stage; `good` is this watch afterwards if and only if it is the best so far."""
         before, self.last, self.done = self.last, watch, self.done + 1
-        lossless = watch.lossless(self.max_forget, self.noise)
+        lossless = self.lossless(watch)
         if lossless and self._wins_nothing(watch):
             self.idle += 1
             return After.GO_BACK if self.idle == IDLE else self._deeper(After.GO_BACK)

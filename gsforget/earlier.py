@@ -1,8 +1,9 @@
 """Classes that earlier requests forgot, watched while a later request trains: one that comes back is forgotten again.
 
 Training on retained images alone can bring a forgotten class back (arXiv 2505.22310), and so can the next request.  Where
-the data still holds images of such classes, a validation part says whether the model names them; only then are their
-training images learned from, like those of the classes to forget.
+the data still holds images of such classes, a validation part says whether the model names them; then their training
+images are learned from, like those of the classes to forget.  Where features are looked at, a last part of the training
+takes from the features of all classes forgotten so far.
 """
 
 from __future__ import annotations
@@ -54,3 +55,7 @@ class EarlierClasses:
         new = sorted(set(returned) - set(self.again))
         self.again = sorted([*self.again, *new])
         return self.train[torch.isin(self.train_labels, torch.tensor(new, dtype=torch.int64))]
+
+    def not_learned_from(self) -> Tensor:
+        """Rows of the training images of all classes that have not come back."""
+        return self.train[~torch.isin(self.train_labels, torch.tensor(self.again, dtype=torch.int64))]

@@ -100,21 +100,33 @@ def _check_images(where: NDArray[np.bool_], name: str) -> None:
         )
 
 
-def paired_drop(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
+def paired_drop(before: ArrayLike, after: ArrayLike, shows: ArrayLike | None = None) -> tuple[float, float]:
     """Loss of accuracy on the same images, in points, and its lower one-sided 95 % bound.
 
     With b images that turned wrong and c that turned right of n, drop = (b - c) / n.  The bound is Wald's with half an
     image added to each cell of the 2 x 2 table (Agresti and Min, Statistics in Medicine 24, 2005), so that a single
     image proves nothing: d - z sqrt(b' + c' - (b' - c')² / n') / n' with b' = b + 1/2, c' = c + 1/2, n' = n + 2,
-    d = (b - c) / n'.  Raises ValueError without images.
+    d = (b - c) / n'.  Of several views an image's loss x_i is their mean, in [-1, 1], and b + c becomes the sum of x_i²,
+    b - c that of x_i: views of one image err together.
+
+    Args:
+        before, after: bool [N].
+        shows: int [N], which image each is a view of, all with as many views; None: each is an image by itself.
+
+    Raises:
+        ValueError: there are no images.
     """
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     if not len(first) or len(first) != len(second):
         raise ValueError("before and after must hold the same images, at least one")
-    n, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    deviation = math.sqrt(b + c + 1 - (b - c) ** 2 / (n + 2)) / (n + 2)
-    drop = (b - c) / n
-    return 100 * drop, 100 * min(drop, (b - c) / (n + 2) - Z_ONE_SIDED * deviation)
+    lost = first.astype(float) - second
+    if shows is not None:
+        _, image, views = np.unique(shows, return_inverse=True, return_counts=True)
+        lost = np.bincount(image, lost) / views
+    n, total = len(lost), float(lost.sum())
+    deviation = math.sqrt(float((lost**2).sum()) + 1 - total**2 / (n + 2)) / (n + 2)
+    drop = total / n
+    return 100 * drop, 100 * min(drop, total / (n + 2) - Z_ONE_SIDED * deviation)
 
 
 def accuracy_gate(name: str, after: NDArray[np.bool_], where: NDArray[np.bool_], threshold: float) -> Gate:

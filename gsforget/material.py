@@ -4,8 +4,8 @@
   of the class, and keeping does.
 - A retained class without images gets `stand_ins`, and views of them; then the other retained images get three views
   each as well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
-- Retained validation images are replaced by a mild view each: the images themselves the model remembers, and so their
-  loss would say too much.
+- Retained validation images are replaced by views: the images themselves the model remembers, and would seem to lose
+  more than it does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gsforget.views import Images, Joined, Views
 FEW, FILL = 16, 32  # a class with fewer images to learn from gets views, until there are so many
 BESIDE = 3  # views of each stand-in, and of each retained image beside them
 MOST = 12_000  # views of a kind, in all
-MILD = 0.5  # strength of the views that validation looks at
+LOOKS, JUDGED = 2000, 4  # views of retained images that validation looks at: so many in all, and of each at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Material:
         known: rows of `train` that show their class as it is, which made images of a class without any do not.
         kept: how many retained images of `train` are there, and not made: those of one epoch.
         blind: whether there are retained classes that validation sees nothing of.
+        shows: which image each is a view of, int64 [N]; None: each is an image by itself.
     """
 
     images: Images
@@ -48,6 +49,7 @@ class Material:
     known: Tensor
     kept: int
     blind: bool = False
+    shows: Tensor | None = None
 
 
 def gather(
@@ -58,6 +60,7 @@ def gather(
     single: Tensor,
     lacking: Sequence[int],
     seed: int,
+    judged_by: tuple[int, float] = (JUDGED, 1.0),
 ) -> Material:
     """Split the images of a request, and make what is lacking.
 
@@ -67,6 +70,7 @@ def gather(
         forget, erased: classes to forget now, and those that earlier requests forgot.
         single: bool [N], images to forget by themselves: they are only learned from, and there are no views of them.
         lacking: retained classes without images.
+        judged_by: how many views of each retained image validation looks at, at most, and how strong they are.
     """
     rng = torch.Generator().manual_seed(seed)
     several = torch.nonzero(~single).flatten()
@@ -76,9 +80,9 @@ def gather(
     gone = torch.tensor([*forget, *erased], dtype=torch.int64)
     usable = learn[~torch.isin(images.labels[learn], torch.tensor(erased, dtype=torch.int64))]
     kept = usable[~torch.isin(images.labels[usable], gone)]
-    judged_by = torch.isin(images.labels[usable], images.labels[val])
+    judged = torch.isin(images.labels[usable], images.labels[val])
     # Of one image alone, which validation cannot judge, views kept its class from being forgotten.
-    few = torch.where(judged_by, _lacking_views(images.labels[usable]), 0)
+    few = torch.where(judged, _lacking_views(images.labels[usable]), 0)
     shown: list[Images] = [Views(images, _some(usable.repeat_interleave(few), rng), rng)]
     instead: list[Images] = []
     if lacking and len(kept):
@@ -87,9 +91,13 @@ def gather(
         each = torch.arange(len(made.labels)).repeat(BESIDE)
         instead = [made, Views(made, each, rng), Views(images, _some(kept.repeat(BESIDE), rng), rng)]
     remembered = torch.isin(images.labels[val], gone)
-    judged = Views(images, val[~remembered], rng, MILD)
-    joined = Joined([images, *shown, *instead, judged])
+    most, strength = judged_by
+    each = max(1, min(most, -(-LOOKS // max(1, int((~remembered).sum())))))
+    looks = Views(images, val[~remembered].repeat(each), rng, strength)
+    joined = Joined([images, *shown, *instead, looks])
     first, second, third, end = (joined.ends[k] for k in (0, 1, -2, -1))
+    shows = torch.arange(end)
+    shows[third:] = looks.rows
     there = torch.cat([learn, torch.nonzero(single).flatten()]).sort().values
     by_itself = torch.zeros(end, dtype=torch.bool)
     by_itself[: len(single)] = single
@@ -102,6 +110,7 @@ def gather(
         known=torch.cat([there, torch.arange(first, second)]),
         kept=len(kept),
         blind=bool(lacking),
+        shows=shows,
     )
 
 

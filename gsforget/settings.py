@@ -18,6 +18,7 @@ class Settings:
         target_groups: groups that may stay active; None: a third.
         bnd: bound of the ascent on forgotten images, in nats; None: from the number of classes.
         max_forget_acc, max_retain_drop: percent and points on validation data at which settling ends.
+        max_class_drop: points that one retained class may lose there for a depth to count as free, by the lower bound.
         reuse_prefix, retire_groups: switches for measuring what they gain; the result is the same within noise.
         cache_bytes: memory for reused outputs; 0 for none; None: a quarter of what is free on the device.
         autocast: run the network in bfloat16 while training; losses, factors and the optimiser stay in float32, and what is
@@ -35,6 +36,7 @@ class Settings:
     seed: int = 0
     max_forget_acc: float = 1.0
     max_retain_drop: float = 0.5
+    max_class_drop: float = 10.0
     reuse_prefix: bool = True
     retire_groups: bool = True
     cache_bytes: float | None = None

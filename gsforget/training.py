@@ -114,6 +114,7 @@ class Loop:
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
         self.step, self.stages = 0, StageControl(0, 0, False)
+        self.along = False  # whether classes forgotten earlier are opposed too
         self.alive = list(range(len(self.groups)))  # as the host last read it
         self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = StepLog(len(self.groups), self.device)
@@ -154,6 +155,7 @@ class Loop:
             "stages": stages,
             "depth": self.stages.good_depth if self.objective.deepens else None,
             "forgotten_again": self.earlier.again,
+            "earlier_along": self.along,
             "reused_outputs": kept,
         }
         self.trained.seconds = time.perf_counter() - start
@@ -180,7 +182,17 @@ class Loop:
             return fixed
         limit = stage_limit(length) if s.epochs is None else 1
         deepens = self.objective.deepens and not self.material.blind
-        self.stages = StageControl(s.max_forget_acc, s.max_retain_drop, deepens, limit, self.objective.noise)
+        limits = s.max_forget_acc, s.max_retain_drop
+        self.stages = StageControl(*limits, deepens, limit, self.objective.noise, s.max_class_drop)
+        self._run_stages(length)
+        done = self.stages.done
+        if deepens and s.epochs is None and self._take_earlier_along():
+            self._run_stages(length)
+            done += self.stages.done
+        return done
+
+    def _run_stages(self, length: int) -> None:
+        """As `stages` decides; ends with the factors of the best of them."""
         after, kept = After.GO_ON, (self.groups.flat.detach().clone(), self._alive())
         while after is After.GO_ON:
             self._settle(length)
@@ -191,7 +203,24 @@ class Loop:
                 kept = self.groups.flat.detach().clone(), self._alive()
         if after is After.GO_BACK and kept[1] == self._alive():
             self._go_back(kept[0])
-        return self.stages.done
+
+    def _take_earlier_along(self) -> bool:
+        """From now on, take from the features of all classes forgotten so far; whether there is anything to take."""
+        rows = self.earlier.not_learned_from()
+        good = self.stages.good
+        if good is None or not self.stages.lossless(good) or not len(rows):
+            return False
+        known = torch.cat([self.known, self.earlier.train]).sort().values
+        wider = self.objective.with_earlier(self.seen_of(torch.arange(len(self.labels))), known.to(self.device))
+        if wider is None:
+            return False
+        self.objective, self.along = wider, True
+        before = len(self.rounds.pools["forget"])
+        self.rounds.add("forget", rows)
+        more = round(self.batch_forget * len(self.rounds.pools["forget"]) / before)
+        self.batch_forget = max(self.batch_forget, min(more, round(control.MOST_FORGET * self.batch_retain)))
+        self.stages = self.stages.along(self._watch())
+        return True
 
     def _settle(self, length: int) -> None:
         for k in range(length):
@@ -378,9 +407,10 @@ class Loop:
     def _validate(
         self, rows: Tensor, old: float | None = None, returned: Sequence[int] = (), leak: float | None = None
     ) -> Watch:
-        score = self.objective.score(self.seen_of(rows), rows.to(self.device))
+        shows = rows if self.material.shows is None else self.material.shows[rows]
+        score = self.objective.score(self.seen_of(rows), rows.to(self.device), shows)
         figures = score.forget, score.retain, score.retain_before, score.drop_bound, score.drop_most
-        watch = Watch(self.step, *figures, self._alive(), old, list(returned), leak)
+        watch = Watch(self.step, *figures, self._alive(), old, list(returned), leak, score.class_bound)
         self.progress({"stage": "validate", **watch.to_json()})
         return watch
 
@@ -393,6 +423,8 @@ class Loop:
     def _leak(self) -> float | None:
         """Percent of validation images to forget whose class a fresh probe names in the features; None without a look."""
         rows = self.val[self.forget[self.val]]
+        if self.along:
+            rows = torch.cat([rows, self.earlier.val])
         named = self.objective.named(self.seen_of(rows), rows.to(self.device)) if len(rows) else None
         return None if named is None else _percent(named)
 

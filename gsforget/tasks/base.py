@@ -99,6 +99,7 @@ class Score:
     Attributes:
         forget, retain: of what is to be forgotten and of what is retained, now; retain_before: before the request.
         drop_bound, drop_most: one-sided 95 % bounds, lower and upper, of the loss on what is retained.
+        class_bound: the lower bound of the retained class that lost most, for tasks that have a gate for it.
     """
 
     forget: float | None
@@ -106,6 +107,7 @@ class Score:
     retain_before: float | None
     drop_bound: float | None
     drop_most: float | None
+    class_bound: float | None = None
 
 
 class Objective(Protocol):
@@ -118,8 +120,8 @@ class Objective(Protocol):
         """
         ...
 
-    def score(self, seen: Seen, rows: Tensor) -> Score:
-        """How far it has come, on validation images."""
+    def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
+        """How far it has come, on validation images; shows: int64 [B], which image each is a view of."""
         ...
 
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
@@ -130,6 +132,14 @@ class Objective(Protocol):
         """Whether a fresh probe on the features names each image, bool [B], or each object on them, bool [M].
 
         None where features are not looked at.
+        """
+        ...
+
+    def with_earlier(self, seen: Seen, rows: Tensor) -> Objective | None:
+        """The same losses, which take from the features of classes forgotten earlier as well; None where nothing does.
+
+        Args:
+            seen: what the model in training makes of all N images now; rows: int64, those that teach what is taken.
         """
         ...
 

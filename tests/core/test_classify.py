@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gsforget.gates import paired_drop
 from gsforget.separability import Separability
 from gsforget.tasks.base import Seen
 from gsforget.tasks.classify import (
@@ -20,7 +21,7 @@ from gsforget.tasks.classify import (
     ClassificationObjective,
     default_bound,
 )
-from gsforget.tasks.classify.answers import correct
+from gsforget.tasks.classify.answers import correct, score
 
 torch.set_num_threads(1)
 
@@ -103,6 +104,24 @@ def test_loss_is_least_at_the_targets():
     assert at_targets < losses(outputs, labels, forget, 0.0, targets).total
 
 
+def test_the_score_says_which_class_lost_most():
+    labels, forget = torch.tensor([0] * 10 + [1] * 40 + [2] * 40), torch.arange(90) < 10
+    before, after = torch.ones(90, dtype=torch.bool), torch.arange(90) >= 70
+    found = score(before, after, forget, torch.arange(90), labels)
+    assert (found.forget, found.retain, found.retain_before) == (0, 25, 100)
+    assert found.class_bound == paired_drop([True] * 40, [False] * 40)[1]
+    assert found.class_bound > 80 > found.drop_bound
+    assert score(before, after, forget, torch.arange(90)).class_bound is None
+    nothing = score(before, after, torch.ones(90, dtype=torch.bool), torch.arange(90), labels)
+    assert (nothing.retain, nothing.drop_bound, nothing.class_bound) == (None, None, None)
+
+
+def test_views_make_a_score_no_surer():
+    before, after = torch.ones(80, dtype=torch.bool), torch.arange(80) % 20 > 0
+    forget, alone = torch.zeros(80, dtype=torch.bool), torch.arange(80)
+    assert score(before, after, forget, alone % 20).drop_most > score(before, after, forget, alone).drop_most + 1
+
+
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_default_bound(classes):
     assert math.exp(-default_bound(classes)) == pytest.approx(1 / (math.e * classes))
@@ -137,6 +156,28 @@ def test_push_pull_and_separability_add_up(firm):
     push = PUSH_WEIGHT * (PUSH_BOUND - away).relu().mean()
     torch.testing.assert_close(got.retain, plain.retain + (FIRM_PULL if firm else PULL_WEIGHT) * pull)
     torch.testing.assert_close(got.forget, plain.forget + push + least)
+
+
+def test_opponents_of_all_classes_so_far_take_from_the_features_of_all():
+    generator = torch.Generator().manual_seed(3)
+    features, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 5
+    task = Classification(5, (0, 1), (2,), 3.0)
+    gone, rows = labels <= 2, torch.arange(60)
+    known = rows[labels != 2]  # of the class forgotten earlier nothing is learned at first
+    objective = task.objective(Seen(torch.zeros(60, 5), features), labels, gone, known)
+    now = features + torch.randn(60, 4, generator=generator)
+    moved = torch.randn(60, 4, generator=generator)
+    wider = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows)
+    (first, then) = (x.losses(Seen(torch.zeros(60, 5), moved), rows, depth=3.0) for x in (objective, wider))
+    torch.testing.assert_close(then.retain, first.retain)
+    mine, all_of_them = Separability(features, labels, known, labels < 2), Separability(now, labels, rows, gone)
+    taken = all_of_them.loss(moved, rows, gone) - mine.loss(moved, rows, labels < 2)
+    torch.testing.assert_close(then.forget - first.forget, 3.0 * SEPARABILITY_WEIGHT * taken)
+    # The bank begins with the features as they are now, so that the probe knows the earlier class where it is.
+    fresh = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows)
+    truth = Separability(now, labels, rows, gone)
+    assert torch.equal(fresh.named(Seen(now, now), rows), truth.named(now, labels))
+    assert gs_lora_pp(features, labels % 3, labels % 3 == 0, "gs-lora").with_earlier(Seen(now, now), rows) is None
 
 
 def test_features_that_stayed_cost_a_retained_image_nothing():

@@ -107,13 +107,13 @@ def test_the_device_steers_as_numbers_on_the_host_would_bit_for_bit(seed, groups
     assert [t.data_ptr() for t in there.state] == places  # a captured graph goes on writing there
 
 
-def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0, leak=None) -> Watch:
-    return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned), leak)
+def watched(forget=0.0, bound=-1.0, retain=98.0, returned=(), most=1.0, leak=None, worst=None) -> Watch:
+    return Watch(1, forget, retain, 98.0, bound, most, [0], None, list(returned), leak, worst)
 
 
 def decide(*watches, deepens=True, limit=control.STAGES):
     """What is decided after each stage, and the control at the end."""
-    stages = StageControl(1.0, 0.5, deepens, limit)
+    stages = StageControl(1.0, 0.5, deepens, limit, max_class=10.0)
     return [stages.after(w) for w in watches], stages
 
 
@@ -171,6 +171,32 @@ def test_a_deeper_stage_has_tries_to_win_back_what_it_lost():
     assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
     assert stages.after(lossy) is After.GO_BACK
     assert stages.good_depth == control.DEPTHS[1]
+
+
+def test_a_depth_that_costs_one_class_is_not_free():
+    lossy = watched(worst=10.1, leak=40)
+    found, stages = decide(watched(worst=10.0, leak=60), lossy, watched(worst=-2.0, leak=40), lossy, limit=9)
+    assert found == [After.GO_ON] * 4
+    assert (stages.good_depth, stages.depth) == control.DEPTHS[1:3]
+
+
+def test_earlier_classes_are_taken_along_from_where_the_request_got():
+    stages = decide(*(watched(leak=leak) for leak in (60, 55, 54.5, 54.5)))[1]
+    start = watched(leak=70)  # with earlier classes among those that the probe may name
+    along = stages.along(start)
+    assert (along.good, along.good_depth, along.depth) == (start, control.DEPTHS[1], control.DEPTHS[1])
+    assert along.after(watched(leak=69.5)) is After.GO_ON  # wins nothing: deeper, once
+    assert along.after(watched(leak=65)) is After.GO_ON
+    assert (along.good, along.good_depth) == (watched(leak=65), control.DEPTHS[2])
+    assert along.after(watched(leak=50, retain=LOSSY)) is After.GO_ON
+    assert along.after(watched(leak=50, retain=LOSSY)) is After.GO_BACK  # the fourth stage is the last
+    assert along.done == control.ALONG
+    assert stages.done == 4
+
+
+def test_where_one_class_has_not_been_watched_nothing_hangs_on_it():
+    assert watched().lossless(1.0, max_class=0.0)
+    assert not watched(worst=0.1).lossless(1.0, max_class=0.0)
 
 
 def test_the_last_stage_allowed_is_undone_where_it_lost():

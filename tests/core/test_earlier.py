@@ -42,7 +42,15 @@ def test_training_images_are_handed_out_once():
     assert found.again == [1, 2]
 
 
+def test_the_rest_is_what_has_not_come_back():
+    found = earlier()
+    assert found.not_learned_from().tolist() == [1, 2, 4]
+    found.learn_from([2])
+    assert found.not_learned_from().tolist() == [1, 2]
+
+
 def test_without_earlier_classes_there_is_nothing():
     none = EarlierClasses.of(LABELS, torch.zeros(8, dtype=torch.bool), TRAIN, VAL)
     assert none.returned(torch.zeros(0, dtype=torch.bool), 1.0) == []
     assert none.learn_from([]).tolist() == []
+    assert none.not_learned_from().tolist() == []

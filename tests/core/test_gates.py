@@ -40,6 +40,21 @@ def test_one_image_proves_no_drop():
     assert paired_drop([True] * 40, [False] * 20 + [True] * 20)[1] > 30
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30), st.integers(1, 5))
+def test_views_of_one_image_are_one_image(pairs, views):
+    before, after = (np.array(flags) for flags in zip(*pairs, strict=True))
+    alone = paired_drop(before, after)
+    rows = np.tile(np.arange(len(pairs)), views)
+    assert paired_drop(before[rows], after[rows], rows + 7) == pytest.approx(alone)
+
+
+def test_views_that_differ_are_averaged():
+    """One image of two lost in one of its two views, the other won in both."""
+    drop, bound = paired_drop([True, False, True, False], [False, True, True, True], [0, 1, 0, 1])
+    assert drop == pytest.approx(-25)
+    assert bound == pytest.approx(100 * (-0.5 / 4 - Z_ONE_SIDED * math.sqrt(0.25 + 1 + 1 - 0.25 / 4) / 4))
+
+
 @pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])
 def test_paired_drop_needs_the_same_images(before, after):
     with pytest.raises(ValueError, match="same images"):

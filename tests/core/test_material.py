@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gsforget import stand_ins as made_up
-from gsforget.material import FILL, MOST, Material, gather
+from gsforget.material import FILL, JUDGED, LOOKS, MOST, Material, gather
 from gsforget.views import Given
 
 CLASSES, SIDE = 5, 8
@@ -49,15 +49,38 @@ def test_plenty_of_images_are_taken_as_they_are_but_for_validation():
     assert per_class(m, m.train) == [32] * CLASSES
     assert (m.train < count).all()
     assert torch.equal(m.known, m.train)
-    assert per_class(m, m.val) == [8] * CLASSES
+    assert per_class(m, m.val) == [8 * JUDGED, 8, 8, 8 * JUDGED, 8 * JUDGED]
     assert m.kept == 3 * 32
     assert not m.blind
     views = m.val[m.val >= count]
-    assert per_class(m, views) == [8, 0, 0, 8, 8]  # of retained classes, which are judged by a view each
+    assert per_class(m, views) == [8 * JUDGED, 0, 0, 8 * JUDGED, 8 * JUDGED]  # retained classes are judged by views
+    assert torch.equal(m.shows[:count], torch.arange(count))
+    assert torch.bincount(m.shows[views]).unique().tolist() == [0, JUDGED]
+    assert torch.equal(m.images.labels[m.shows[views]], m.images.labels[views])
+    assert not set(m.shows[views].tolist()) & set(m.train.tolist())
     assert not set(m.val.tolist()) & set(m.train.tolist())
-    assert m.images.batch(views).shape == (24, 1, SIDE, SIDE)
+    assert m.images.batch(views).shape == (24 * JUDGED, 1, SIDE, SIDE)
     assert torch.equal(m.forget, m.images.labels == FORGET)
     assert torch.equal(m.old, m.images.labels == ERASED)
+
+
+def test_of_many_images_fewer_views_each_are_enough():
+    model, there = images(1500, 1500, 10, 1500, 1500)
+    m = gather(model, there, (FORGET,), (ERASED,), torch.zeros(len(there.labels), dtype=torch.bool), (), 0)
+    assert per_class(m, m.val) == [900, 300, 2, 900, 900]
+    assert 2 * 900 < LOOKS <= 3 * 900
+
+
+def test_mild_views_are_nearer_to_the_image():
+    model, there = images(40, 40, 40, 40, 40, noise=0.0)
+    none = torch.zeros(len(there.labels), dtype=torch.bool)
+    moved = {}
+    for strength in (0.1, 1.0):
+        m = gather(model, there, (FORGET,), (), none, (), 0, (1, strength))
+        views = m.val[m.val >= len(there.labels)]
+        assert len(views) == 4 * 8
+        moved[strength] = (m.images.batch(views) - there.pixels[m.shows[views]]).abs().mean()
+    assert 3 * moved[0.1] < moved[1.0]
 
 
 def test_a_handful_is_filled_up_with_views_on_both_sides():
@@ -69,7 +92,7 @@ def test_a_handful_is_filled_up_with_views_on_both_sides():
     assert found[2] == 3  # of classes forgotten earlier there are no views
     assert found[3] == 32
     assert found[4] == 2  # too few for validation to judge by
-    assert per_class(m, m.val) == [1, 1, 1, 8, 0]
+    assert per_class(m, m.val) == [JUDGED, 1, 1, 8 * JUDGED, 0]
     assert torch.equal(m.known, m.train)
     assert m.kept == 3 + 32 + 2  # an epoch goes by what is there
     assert torch.equal(m.images.batch(m.train[:5]), there.pixels[m.train[:5]])

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsforget import control
-from gsforget.control import default_target, product_forces
+from gsforget.control import StageControl, default_target, product_forces
 from gsforget.errors import GsforgetError, RequestError
 from gsforget.graphs import Graphs
 from gsforget.kernels.group_prox import ProximalAdam
@@ -354,19 +354,68 @@ def test_a_class_forgotten_earlier_that_is_named_again_is_forgotten_again(three_
     assert min(after[0], after[3]) >= 95
 
 
-def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(three_blocks):
-    """The model is made to name nothing `cat`; its images then change nothing but the report."""
-    cat, quiet = 2, copy.deepcopy(three_blocks)
+def after_cat(model, method="gs-lora++", **options) -> tuple[Loop, torch.Tensor]:
+    """A request after `cat` was forgotten, as far as answers tell, from a model that names nothing so; and its images."""
+    cat, quiet = 2, copy.deepcopy(model)
     with torch.no_grad():
         quiet.head.bias[cat] = -100
-    images, rows = Pixels.draw(160, 1), torch.arange(160)
-    task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES))
+    images, rows = Pixels.draw(400, 1), torch.arange(400)
+    task = Classification(CLASSES, (BEE,), (cat,), default_bound(CLASSES), method)
     gone, old = images.labels == BEE, images.labels == cat
-    settings = Settings(rank=4, batch_size=32)
-    run = Loop(quiet, task, as_they_are(images, rows[:128], rows[128:], gone, old), settings)
-    assert run.run().chosen["forgotten_again"] == []
-    used = torch.cat([*run.rounds.pools.values()])
-    assert not old[used].any()
+    material = as_they_are(images, rows[:300], rows[300:], gone, old)
+    return Loop(quiet, task, material, Settings(**{"rank": 4, "batch_size": 32, **options})), old
+
+
+def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(three_blocks):
+    """By answers alone, and where the user fixes the length: they change nothing but the report."""
+    for options in ({"method": "gs-lora"}, {"epochs": 2}):
+        run, old = after_cat(three_blocks, **options)
+        chosen = run.run().chosen
+        assert (chosen["forgotten_again"], chosen["earlier_along"]) == ([], False)
+        used = torch.cat([*run.rounds.pools.values()])
+        assert not old[used].any()
+
+
+def test_what_is_left_of_earlier_classes_in_the_features_is_taken_along(three_blocks, monkeypatch):
+    cat, started = 2, []
+    along = StageControl.along
+    monkeypatch.setattr(StageControl, "along", lambda self, watch: started.append((self, watch)) or along(self, watch))
+    run, old = after_cat(three_blocks, target_groups=3, rank=8)
+    chosen = run.run().chosen
+    ((own, start),) = started
+    assert (chosen["forgotten_again"], chosen["earlier_along"]) == ([], True)
+    assert chosen["stages"] == own.done + run.stages.done <= control.STAGES + control.ALONG
+    assert set(run.rounds.pools["forget"].tolist()) >= set(run.earlier.train.tolist())
+    assert not old[run.rounds.pools["retain"]].any()
+    assert run.batch_forget <= control.MOST_FORGET * run.batch_retain
+    assert run.objective.features.opposed[old].all()
+    assert len(run.objective.features.separability.among_all.rows) == 300  # that probe learns from all classes
+    assert run.stages.good.leak <= start.leak
+    after = accuracy(run.model, Pixels.draw(80, 7))
+    assert (after[BEE], after[cat]) == (0, 0)
+    assert min(after[0], after[3]) >= 95
+
+
+def test_what_earlier_classes_would_cost_is_undone(three_blocks, monkeypatch):
+    """Every stage that takes them along is made to look lossy: the factors are those from before."""
+    run, _ = after_cat(three_blocks)
+    seen, start = [], []
+    along, watch = Loop._take_earlier_along, Loop._watch
+
+    def taken(self):
+        start.append(self.groups.flat.detach().clone())
+        return along(self)
+
+    def lossy(self):
+        found = watch(self)
+        seen.append(self.along)
+        return replace(found, retain=found.retain_before - 50) if seen.count(True) > 1 else found
+
+    monkeypatch.setattr(Loop, "_take_earlier_along", taken)
+    monkeypatch.setattr(Loop, "_watch", lossy)
+    run.run()
+    assert seen.count(True) == 1 + 1 + control.RETRIES
+    assert torch.equal(run.groups.flat, start[0])
 
 
 def test_epochs_fix_the_length(three_blocks):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from gsforget.features import FeatureTap, find_classifier
@@ -37,18 +39,30 @@ def correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.argmax(1) == labels
 
 
-def score(before: Tensor, after: Tensor, forget: Tensor) -> Score:
-    """From which images were named rightly before and are now, and which are to be forgotten, bool [N] each."""
-    before, after, forget = before.cpu(), after.cpu(), forget.cpu()
-    accuracies = percent(after[forget]), percent(after[~forget]), percent(before[~forget])
-    return Score(*accuracies, *drop_bounds(before[~forget], after[~forget]))
+def score(before: Tensor, after: Tensor, forget: Tensor, shows: Tensor, labels: Tensor | None = None) -> Score:
+    """From which images were named rightly before and are now, and which are to be forgotten, bool [N] each.
 
-
-def drop_bounds(before: Tensor, after: Tensor) -> tuple[float | None, float | None]:
-    """One-sided 95 % bounds of a loss of accuracy in points, from bool [N] and bool [N]; None without images."""
-    if not len(before):
-        return None, None
-    return paired_drop(before.numpy(), after.numpy())[1], -paired_drop(after.numpy(), before.numpy())[1]
+    Args:
+        shows: int64 [N], which image each is a view of.
+        labels: int64 [N]: then the loss of the class that lost most is said as well.
+    """
+    kept = ~forget.cpu()
+    was, now, image = (x.cpu()[kept].numpy() for x in (before, after, shows))
+    forgotten = percent(after.cpu()[~kept])
+    if not len(was):
+        return Score(forgotten, None, None, None, None)
+    found = Score(
+        forgotten,
+        100 * float(now.mean()),
+        100 * float(was.mean()),
+        paired_drop(was, now, image)[1],
+        -paired_drop(now, was, image)[1],
+    )
+    if labels is None:
+        return found
+    truth = labels.cpu()[kept].numpy()
+    worst = max(paired_drop(was[mine], now[mine], image[mine])[1] for mine in (truth == k for k in np.unique(truth)))
+    return replace(found, class_bound=worst)
 
 
 def percent(flags: Tensor) -> float | None:

@@ -13,7 +13,7 @@ taken away (`separability`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -87,12 +87,20 @@ class Classification:
 
 @dataclass(frozen=True)
 class FeatureObjective:
-    """The part of GS-LoRA++ that looks at features; wanted: bool [N], images of the classes to forget now."""
+    """The part of GS-LoRA++ that looks at features.
+
+    Attributes:
+        before: features [N, d] of the model before the request.
+        wanted: bool [N], images of the classes to forget now, which are pushed from their prototypes.
+        opposed: bool [N], images from which is taken what the opponents tell.
+        pull: weight of keeping retained images where they were.
+    """
 
     prototypes: Prototypes
     before: Tensor
     separability: Separability
     wanted: Tensor
+    opposed: Tensor
     pull: float
 
     @classmethod
@@ -104,14 +112,19 @@ class FeatureObjective:
             features,
             Separability(features, labels, train, wanted),
             wanted,
+            wanted,
             FIRM_PULL if task.firm else PULL_WEIGHT,
         ]
         return cls(*held)
 
+    def with_opponents(self, features: Tensor, labels: Tensor, rows: Tensor, opposed: Tensor) -> FeatureObjective:
+        """With opponents that look at other images as well, features [N, d] being what the images have now."""
+        return replace(self, separability=Separability(features, labels, rows, opposed), opposed=opposed)
+
     @cached_property
-    def _wanted(self) -> Tensor:
-        """`wanted` on the host."""
-        return self.wanted.cpu()
+    def _flags(self) -> tuple[Tensor, Tensor]:
+        """`wanted` and `opposed` on the host."""
+        return self.wanted.cpu(), self.opposed.cpu()
 
     def losses(
         self, features: Tensor, rows: Tensor, retained: Tensor, forget: Tensor, depth: float
@@ -122,14 +135,14 @@ class FeatureObjective:
             features: [B, d] of the images `rows`, int64 [B] on the host.
             retained: places of retained images in the batch; forget: bool [B] on the host.
         """
-        # Of classes forgotten earlier that came back there are no prototypes: their answers are unlearned again, no more.
-        now = places(forget & self._wanted[rows], features.device)
+        # Of classes forgotten earlier there are no prototypes: where they come back, their answers are unlearned again.
+        now, opposed = (places(forget & flags[rows], features.device) for flags in self._flags)
         rows = there(rows, features.device)
         kept = ((features[retained] - self.before[rows[retained]]) / self.prototypes.scale) ** 2
         away = self.prototypes.distances(features[now], self.separability.labels[rows[now]])
         pull = self.pull * (kept.mean() if len(kept) else kept.sum())
         push = PUSH_WEIGHT * _mean((PUSH_BOUND - away).relu())
-        return pull, push + depth * SEPARABILITY_WEIGHT * self.separability.loss(features, rows, now)
+        return pull, push + depth * SEPARABILITY_WEIGHT * self.separability.loss(features, rows, opposed)
 
 
 @dataclass(frozen=True)
@@ -171,8 +184,14 @@ class ClassificationObjective:
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])
 
-    def score(self, seen: Seen, rows: Tensor) -> Score:
-        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
+    def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows, self.labels[rows])
+
+    def with_earlier(self, seen: Seen, rows: Tensor) -> ClassificationObjective | None:
+        if self.features is None:
+            return None
+        features = self.features.with_opponents(seen.features.float(), self.labels, rows, self.forget)
+        return replace(self, features=features)
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """By the opponent of the training, see `separability`."""

@@ -81,8 +81,11 @@ class SingleImagesObjective:
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])
 
-    def score(self, seen: Seen, rows: Tensor) -> Score:
-        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
+    def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
+
+    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
+        del seen, rows
 
     def named(self, seen: Seen, rows: Tensor) -> None:
         del seen, rows

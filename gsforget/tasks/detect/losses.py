@@ -269,8 +269,9 @@ class DetectionObjective:
     def found(self, seen: Seen) -> Found:
         return found_by(seen, self.task.family)
 
-    def score(self, seen: Seen, rows: Tensor) -> Score:
+    def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         """AP50 of forgotten kinds and AP of retained ones, in percent."""
+        del shows
         at = rows.cpu()
         scenes = [self.task.scenes[r] for r in at.tolist()]
         found, found_before = self.found(seen), self.found(self.before.rows(rows))
@@ -288,6 +289,10 @@ class DetectionObjective:
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         """Never asked: images of kinds forgotten earlier are retained images, on which these kinds stay suppressed."""
         return torch.zeros(len(rows), dtype=torch.bool)
+
+    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
+        """From the first step on, the opponents look at objects of kinds forgotten earlier too."""
+        del seen, rows
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """Of forgotten objects on the images, by the opponent of the training."""

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
+JUDGED_BY = 1, 0.5  # validation looks at one mild view of each image: crops are aligned, and nobody comes upside down
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
 NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verification next to never-seen people stands in their place"
 
@@ -192,7 +193,8 @@ class FaceStudy(ClassifyStudy):
         settings = self.request.settings
         task = FaceForgetting(tuple(self.forget), tuple(self.erased), self.request.method)
         single = torch.zeros(len(self.images), dtype=torch.bool)
-        material = gather(self.model, self.images, self.forget, self.erased, single, [], settings.seed)
+        sides = self.forget, self.erased
+        material = gather(self.model, self.images, *sides, single, [], settings.seed, JUDGED_BY)
         return Plan(task, replace(material, blind=bool(lacking)), settings)
 
     def look(self) -> Seen:

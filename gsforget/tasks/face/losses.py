@@ -184,8 +184,12 @@ class FaceObjective:
     def right(self, seen: Seen, rows: Tensor) -> Tensor:
         return correct(seen.outputs, self.labels[rows])
 
-    def score(self, seen: Seen, rows: Tensor) -> Score:
-        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows])
+    def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
+        return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
+
+    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
+        """People forgotten earlier are pushed off again by the other terms where they come back."""
+        del seen, rows
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         return self.separability.named(seen.features, self.labels[rows]) if self.separability else None
