@@ -48,8 +48,10 @@ NOISE = 1.0  # points that validation may show as lost by a depth that costs not
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
 LEAK_WON, IDLE = 1.0, 2  # points of the leak that a deeper stage must win, and how many may fail to before it ends
-ALONG = 4  # stages, at most, that take classes forgotten earlier along
-MOST_FORGET = 2.0  # images per retained one in a batch, at most, once they do
+ALONG, SHALLOWER = (
+    4,
+    2,
+)  # stages, at most, that take earlier classes along, and how many depths below the request's they begin
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages, at least, where there are too few images for validation to tell
@@ -232,8 +234,9 @@ class StageControl:
     last: Watch | None = None
 
     def along(self, start: Watch) -> StageControl:
-        """What decides on the stages that follow, in which earlier classes are taken along, `start` being where they begin."""
-        return replace(self, limit=ALONG, good=start, depth=self.good_depth, done=0, failed=0, idle=0, last=None)
+        """What decides on the stages that follow, whose depth is that of classes forgotten earlier; `start`: before them."""
+        first = DEPTHS[max(0, DEPTHS.index(self.good_depth) - SHALLOWER)]
+        return replace(self, limit=ALONG, good=start, good_depth=0.0, depth=first, done=0, failed=0, idle=0, last=None)
 
     def _wins_nothing(self, watch: Watch) -> bool:
         """Whether a deeper stage took no more from the features than the last good one."""

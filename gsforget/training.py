@@ -97,11 +97,13 @@ class Loop:
         shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
         self.glance = val[shuffled[:GLANCE_IMAGES]]
         self.rng = torch.Generator().manual_seed(settings.seed)
-        self.rounds = Rounds({"retain": train[~forget[train]], "forget": train[forget[train]]}, self.rng)
+        pools = {"retain": train[~forget[train]], "forget": train[forget[train]], "earlier": train[:0]}
+        self.rounds = Rounds(pools, self.rng)
         retained, forgotten = (len(self.rounds.pools[k]) for k in ("retain", "forget"))
         self.batch_retain = min(settings.batch_size, retained)
         share = round(self.batch_retain * forgotten / max(1, retained))
         self.batch_forget = min(forgotten, max(round(self.batch_retain * control.FORGET_SHARE), share, 1))
+        self.batch_earlier = 0
         self.reuse: PrefixReuse | None = None
         self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
         self.read = task.reader(model, self.probe[:2])
@@ -114,7 +116,7 @@ class Loop:
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
         self.step, self.stages = 0, StageControl(0, 0, False)
-        self.along = False  # whether classes forgotten earlier are opposed too
+        self.depths = [control.DEPTHS[0]]  # of the request's classes, and of earlier ones where they are taken along
         self.alive = list(range(len(self.groups)))  # as the host last read it
         self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = StepLog(len(self.groups), self.device)
@@ -153,9 +155,10 @@ class Loop:
             "steps_select": selected,
             "steps": self.step,
             "stages": stages,
-            "depth": self.stages.good_depth if self.objective.deepens else None,
+            "depth": self.depths[0] if self.objective.deepens else None,
+            "depth_earlier": self.depths[1] if len(self.depths) > 1 else None,
             "forgotten_again": self.earlier.again,
-            "earlier_along": self.along,
+            "batch_earlier": self.batch_earlier,
             "reused_outputs": kept,
         }
         self.trained.seconds = time.perf_counter() - start
@@ -185,10 +188,11 @@ class Loop:
         limits = s.max_forget_acc, s.max_retain_drop
         self.stages = StageControl(*limits, deepens, limit, self.objective.noise, s.max_class_drop)
         self._run_stages(length)
-        done = self.stages.done
+        done, self.depths = self.stages.done, [self.stages.good_depth]
         if deepens and s.epochs is None and self._take_earlier_along():
             self._run_stages(length)
             done += self.stages.done
+            self.depths.append(self.stages.good_depth)
         return done
 
     def _run_stages(self, length: int) -> None:
@@ -211,14 +215,13 @@ class Loop:
         if good is None or not self.stages.lossless(good) or not len(rows):
             return False
         known = torch.cat([self.known, self.earlier.train]).sort().values
-        wider = self.objective.with_earlier(self.seen_of(torch.arange(len(self.labels))), known.to(self.device))
+        seen = self.seen_of(torch.arange(len(self.labels)))
+        wider = self.objective.with_earlier(seen, known.to(self.device), self.stages.good_depth)
         if wider is None:
             return False
-        self.objective, self.along = wider, True
-        before = len(self.rounds.pools["forget"])
-        self.rounds.add("forget", rows)
-        more = round(self.batch_forget * len(self.rounds.pools["forget"]) / before)
-        self.batch_forget = max(self.batch_forget, min(more, round(control.MOST_FORGET * self.batch_retain)))
+        self.objective = wider
+        self.rounds.add("earlier", rows)
+        self.batch_earlier = min(len(rows), self.batch_forget)
         self.stages = self.stages.along(self._watch())
         return True
 
@@ -380,6 +383,7 @@ class Loop:
             [
                 self.rounds.draw("retain", times * self.batch_retain),
                 self.rounds.draw("forget", times * self.batch_forget),
+                self.rounds.draw("earlier", times * self.batch_earlier),
             ]
         )
 
@@ -423,7 +427,7 @@ class Loop:
     def _leak(self) -> float | None:
         """Percent of validation images to forget whose class a fresh probe names in the features; None without a look."""
         rows = self.val[self.forget[self.val]]
-        if self.along:
+        if self.batch_earlier:
             rows = torch.cat([rows, self.earlier.val])
         named = self.objective.named(self.seen_of(rows), rows.to(self.device)) if len(rows) else None
         return None if named is None else _percent(named)

@@ -158,26 +158,24 @@ def test_push_pull_and_separability_add_up(firm):
     torch.testing.assert_close(got.forget, plain.forget + push + least)
 
 
-def test_opponents_of_all_classes_so_far_take_from_the_features_of_all():
+def test_opponents_of_earlier_classes_know_all_classes_and_take_from_theirs_alone():
     generator = torch.Generator().manual_seed(3)
     features, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 5
     task = Classification(5, (0, 1), (2,), 3.0)
-    gone, rows = labels <= 2, torch.arange(60)
-    known = rows[labels != 2]  # of the class forgotten earlier nothing is learned at first
-    objective = task.objective(Seen(torch.zeros(60, 5), features), labels, gone, known)
+    gone, old, rows = labels <= 2, labels == 2, torch.arange(60)
+    objective = task.objective(Seen(torch.zeros(60, 5), features), labels, gone, rows[~old])
     now = features + torch.randn(60, 4, generator=generator)
     moved = torch.randn(60, 4, generator=generator)
-    wider = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows)
-    (first, then) = (x.losses(Seen(torch.zeros(60, 5), moved), rows, depth=3.0) for x in (objective, wider))
+    wider = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows, 2.0)
+    first = objective.losses(Seen(torch.zeros(60, 5), moved), rows, depth=2.0)
+    then = wider.losses(Seen(torch.zeros(60, 5), moved), rows, depth=3.0)
     torch.testing.assert_close(then.retain, first.retain)
-    mine, all_of_them = Separability(features, labels, known, labels < 2), Separability(now, labels, rows, gone)
-    taken = all_of_them.loss(moved, rows, gone) - mine.loss(moved, rows, labels < 2)
-    torch.testing.assert_close(then.forget - first.forget, 3.0 * SEPARABILITY_WEIGHT * taken)
-    # The bank begins with the features as they are now, so that the probe knows the earlier class where it is.
-    fresh = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows)
-    truth = Separability(now, labels, rows, gone)
-    assert torch.equal(fresh.named(Seen(now, now), rows), truth.named(now, labels))
-    assert gs_lora_pp(features, labels % 3, labels % 3 == 0, "gs-lora").with_earlier(Seen(now, now), rows) is None
+    taken = 3.0 * SEPARABILITY_WEIGHT * Separability(now, labels, rows, gone).loss(moved, rows, old)
+    torch.testing.assert_close(then.forget, first.forget + taken)
+    # They begin with the features as they are now, so that they know the earlier class where it is.
+    fresh = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows, 2.0)
+    assert torch.equal(fresh.named(Seen(now, now), rows), Separability(now, labels, rows, gone).named(now, labels))
+    assert gs_lora_pp(features, labels % 3, labels % 3 == 0, "gs-lora").with_earlier(Seen(now, now), rows, 2.0) is None
 
 
 def test_features_that_stayed_cost_a_retained_image_nothing():

@@ -184,14 +184,19 @@ def test_earlier_classes_are_taken_along_from_where_the_request_got():
     stages = decide(*(watched(leak=leak) for leak in (60, 55, 54.5, 54.5)))[1]
     start = watched(leak=70)  # with earlier classes among those that the probe may name
     along = stages.along(start)
-    assert (along.good, along.good_depth, along.depth) == (start, control.DEPTHS[1], control.DEPTHS[1])
+    assert (along.good, along.good_depth, along.depth) == (start, 0, control.DEPTHS[0])
     assert along.after(watched(leak=69.5)) is After.GO_ON  # wins nothing: deeper, once
     assert along.after(watched(leak=65)) is After.GO_ON
-    assert (along.good, along.good_depth) == (watched(leak=65), control.DEPTHS[2])
+    assert (along.good, along.good_depth) == (watched(leak=65), control.DEPTHS[1])
     assert along.after(watched(leak=50, retain=LOSSY)) is After.GO_ON
     assert along.after(watched(leak=50, retain=LOSSY)) is After.GO_BACK  # the fourth stage is the last
     assert along.done == control.ALONG
     assert stages.done == 4
+
+
+@pytest.mark.parametrize(("own", "first"), [(1.0, 1.0), (4.0, 1.0), (8.0, 2.0), (32.0, 8.0)])
+def test_earlier_classes_begin_shallower(own, first):
+    assert StageControl(1.0, 0.5, True, good_depth=own).along(watched()).depth == first
 
 
 def test_where_one_class_has_not_been_watched_nothing_hangs_on_it():

@@ -371,7 +371,7 @@ def test_images_of_earlier_classes_are_only_watched_where_nothing_came_back(thre
     for options in ({"method": "gs-lora"}, {"epochs": 2}):
         run, old = after_cat(three_blocks, **options)
         chosen = run.run().chosen
-        assert (chosen["forgotten_again"], chosen["earlier_along"]) == ([], False)
+        assert (chosen["forgotten_again"], chosen["batch_earlier"], chosen["depth_earlier"]) == ([], 0, None)
         used = torch.cat([*run.rounds.pools.values()])
         assert not old[used].any()
 
@@ -383,13 +383,14 @@ def test_what_is_left_of_earlier_classes_in_the_features_is_taken_along(three_bl
     run, old = after_cat(three_blocks, target_groups=3, rank=8)
     chosen = run.run().chosen
     ((own, start),) = started
-    assert (chosen["forgotten_again"], chosen["earlier_along"]) == ([], True)
+    assert (chosen["forgotten_again"], chosen["batch_earlier"]) == ([], run.batch_forget)
     assert chosen["stages"] == own.done + run.stages.done <= control.STAGES + control.ALONG
-    assert set(run.rounds.pools["forget"].tolist()) >= set(run.earlier.train.tolist())
-    assert not old[run.rounds.pools["retain"]].any()
-    assert run.batch_forget <= control.MOST_FORGET * run.batch_retain
-    assert run.objective.features.opposed[old].all()
-    assert len(run.objective.features.separability.among_all.rows) == 300  # that probe learns from all classes
+    assert chosen["depth"] == own.good_depth == run.objective.features.own_depth
+    assert chosen["depth_earlier"] == run.stages.good_depth
+    assert torch.equal(run.rounds.pools["earlier"], run.earlier.train)
+    assert not old[torch.cat([run.rounds.pools[side] for side in ("retain", "forget")])].any()
+    assert len(run.objective.features.earlier.among_all.rows) == 300  # that probe learns from all classes
+    assert len(run.objective.features.separability.among_all.rows) == 225
     assert run.stages.good.leak <= start.leak
     after = accuracy(run.model, Pixels.draw(80, 7))
     assert (after[BEE], after[cat]) == (0, 0)
@@ -408,7 +409,7 @@ def test_what_earlier_classes_would_cost_is_undone(three_blocks, monkeypatch):
 
     def lossy(self):
         found = watch(self)
-        seen.append(self.along)
+        seen.append(self.batch_earlier > 0)
         return replace(found, retain=found.retain_before - 50) if seen.count(True) > 1 else found
 
     monkeypatch.setattr(Loop, "_take_earlier_along", taken)

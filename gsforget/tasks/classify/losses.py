@@ -91,17 +91,20 @@ class FeatureObjective:
 
     Attributes:
         before: features [N, d] of the model before the request.
-        wanted: bool [N], images of the classes to forget now, which are pushed from their prototypes.
-        opposed: bool [N], images from which is taken what the opponents tell.
+        separability: the opponents of the request's own classes, who know those and the retained ones.
+        wanted: bool [N], images of the classes to forget now.
         pull: weight of keeping retained images where they were.
+        earlier: opponents of the classes forgotten earlier, who know all classes; None: these are left alone.
+        own_depth: with `earlier`, the depth for the request's own classes.
     """
 
     prototypes: Prototypes
     before: Tensor
     separability: Separability
     wanted: Tensor
-    opposed: Tensor
     pull: float
+    earlier: Separability | None = None
+    own_depth: float = 1.0
 
     @classmethod
     def of(cls, task: Classification, before: Seen, labels: Tensor, forget: Tensor, train: Tensor) -> FeatureObjective:
@@ -112,19 +115,14 @@ class FeatureObjective:
             features,
             Separability(features, labels, train, wanted),
             wanted,
-            wanted,
             FIRM_PULL if task.firm else PULL_WEIGHT,
         ]
         return cls(*held)
 
-    def with_opponents(self, features: Tensor, labels: Tensor, rows: Tensor, opposed: Tensor) -> FeatureObjective:
-        """With opponents that look at other images as well, features [N, d] being what the images have now."""
-        return replace(self, separability=Separability(features, labels, rows, opposed), opposed=opposed)
-
     @cached_property
-    def _flags(self) -> tuple[Tensor, Tensor]:
-        """`wanted` and `opposed` on the host."""
-        return self.wanted.cpu(), self.opposed.cpu()
+    def _wanted(self) -> Tensor:
+        """`wanted` on the host."""
+        return self.wanted.cpu()
 
     def losses(
         self, features: Tensor, rows: Tensor, retained: Tensor, forget: Tensor, depth: float
@@ -136,13 +134,18 @@ class FeatureObjective:
             retained: places of retained images in the batch; forget: bool [B] on the host.
         """
         # Of classes forgotten earlier there are no prototypes: where they come back, their answers are unlearned again.
-        now, opposed = (places(forget & flags[rows], features.device) for flags in self._flags)
+        wanted = self._wanted[rows]
+        now, earlier = places(forget & wanted, features.device), places(forget & ~wanted, features.device)
         rows = there(rows, features.device)
         kept = ((features[retained] - self.before[rows[retained]]) / self.prototypes.scale) ** 2
         away = self.prototypes.distances(features[now], self.separability.labels[rows[now]])
         pull = self.pull * (kept.mean() if len(kept) else kept.sum())
         push = PUSH_WEIGHT * _mean((PUSH_BOUND - away).relu())
-        return pull, push + depth * SEPARABILITY_WEIGHT * self.separability.loss(features, rows, opposed)
+        own = self.separability.loss(features, rows, now)
+        if self.earlier is None:
+            return pull, push + depth * SEPARABILITY_WEIGHT * own
+        told = self.own_depth * own + depth * self.earlier.loss(features, rows, earlier)
+        return pull, push + SEPARABILITY_WEIGHT * told
 
 
 @dataclass(frozen=True)
@@ -187,15 +190,18 @@ class ClassificationObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows, self.labels[rows])
 
-    def with_earlier(self, seen: Seen, rows: Tensor) -> ClassificationObjective | None:
+    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> ClassificationObjective | None:
         if self.features is None:
             return None
-        features = self.features.with_opponents(seen.features.float(), self.labels, rows, self.forget)
-        return replace(self, features=features)
+        opponents = Separability(seen.features.float(), self.labels, rows, self.forget)
+        return replace(self, features=replace(self.features, earlier=opponents, own_depth=depth))
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """By the opponent of the training, see `separability`."""
-        return self.features.separability.named(seen.features, self.labels[rows]) if self.features else None
+        if self.features is None:
+            return None
+        opponents = self.features.earlier or self.features.separability
+        return opponents.named(seen.features, self.labels[rows])
 
     @cached_property
     def _forget(self) -> Tensor:

@@ -84,8 +84,8 @@ class SingleImagesObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
 
-    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
-        del seen, rows
+    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
+        del seen, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> None:
         del seen, rows

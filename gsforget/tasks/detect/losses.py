@@ -290,9 +290,9 @@ class DetectionObjective:
         """Never asked: images of kinds forgotten earlier are retained images, on which these kinds stay suppressed."""
         return torch.zeros(len(rows), dtype=torch.bool)
 
-    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
+    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
         """From the first step on, the opponents look at objects of kinds forgotten earlier too."""
-        del seen, rows
+        del seen, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """Of forgotten objects on the images, by the opponent of the training."""

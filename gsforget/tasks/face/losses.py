@@ -187,9 +187,9 @@ class FaceObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
 
-    def with_earlier(self, seen: Seen, rows: Tensor) -> None:
+    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
         """People forgotten earlier are pushed off again by the other terms where they come back."""
-        del seen, rows
+        del seen, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         return self.separability.named(seen.features, self.labels[rows]) if self.separability else None
