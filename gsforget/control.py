@@ -9,7 +9,7 @@ on the demo and a 100-class set, and serve every request.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +217,7 @@ class StageControl:
         limit: stages at most.
         noise, max_class: points that a depth may cost, and one class may lose by the bound, and count as free.
         depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
+        goal: a leak that is low enough; None: ever less.
     """
 
     max_forget: float
@@ -228,15 +229,21 @@ class StageControl:
     depth: float = DEPTHS[0]
     good: Watch | None = None
     good_depth: float = DEPTHS[0]
+    goal: float | None = None
     done: int = 0
     failed: int = 0
     idle: int = 0
     last: Watch | None = None
 
     def along(self, start: Watch) -> StageControl:
-        """What decides on the stages that follow, whose depth is that of classes forgotten earlier; `start`: before them."""
+        """What decides on the stages that follow, whose depth is that of classes forgotten earlier; `start`: before them.
+
+        They end when all classes forgotten so far tell no more than the request's own did.
+        """
         first = DEPTHS[max(0, DEPTHS.index(self.good_depth) - SHALLOWER)]
-        return replace(self, limit=ALONG, good=start, good_depth=0.0, depth=first, done=0, failed=0, idle=0, last=None)
+        fresh = StageControl(self.max_forget, self.max_drop, True, ALONG, self.noise, self.max_class)
+        fresh.good, fresh.good_depth, fresh.depth, fresh.goal = start, 0.0, first, self.good.leak if self.good else None
+        return fresh
 
     def _wins_nothing(self, watch: Watch) -> bool:
         """Whether a deeper stage took no more from the features than the last good one."""
@@ -282,7 +289,8 @@ class StageControl:
         self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
         if not watch.sharp and self.done < STAGES_UNSEEN:
             return After.GO_ON if self.done < self.limit else After.STOP
-        return self._deeper(After.STOP) if self.deepens and lossless else After.STOP
+        enough = self.goal is not None and watch.leak is not None and watch.leak <= self.goal
+        return self._deeper(After.STOP) if self.deepens and lossless and not enough else After.STOP
 
 
 def default_lr(width: int) -> float:

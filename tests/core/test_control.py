@@ -182,6 +182,7 @@ def test_a_depth_that_costs_one_class_is_not_free():
 
 def test_earlier_classes_are_taken_along_from_where_the_request_got():
     stages = decide(*(watched(leak=leak) for leak in (60, 55, 54.5, 54.5)))[1]
+    assert stages.good.leak == 55
     start = watched(leak=70)  # with earlier classes among those that the probe may name
     along = stages.along(start)
     assert (along.good, along.good_depth, along.depth) == (start, 0, control.DEPTHS[0])
@@ -192,6 +193,14 @@ def test_earlier_classes_are_taken_along_from_where_the_request_got():
     assert along.after(watched(leak=50, retain=LOSSY)) is After.GO_BACK  # the fourth stage is the last
     assert along.done == control.ALONG
     assert stages.done == 4
+
+
+def test_earlier_classes_that_tell_no_more_than_the_request_s_own_are_enough():
+    along = decide(watched(leak=60), watched(leak=59.5), watched(leak=59.5))[1].along(watched(leak=70))
+    assert along.goal == 60
+    assert along.after(watched(leak=60, retain=LOSSY)) is After.GO_ON  # not at a loss
+    assert along.after(watched(leak=60)) is After.STOP
+    assert along.good == watched(leak=60)
 
 
 @pytest.mark.parametrize(("own", "first"), [(1.0, 1.0), (4.0, 1.0), (8.0, 2.0), (32.0, 8.0)])
