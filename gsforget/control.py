@@ -218,6 +218,7 @@ class StageControl:
         noise, max_class: points that a depth may cost, and one class may lose by the bound, and count as free.
         depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
         goal: a leak that is low enough; None: ever less.
+        optional: whether a stage counts only where validation sees no loss, at whatever depth.
     """
 
     max_forget: float
@@ -230,6 +231,7 @@ class StageControl:
     good: Watch | None = None
     good_depth: float = DEPTHS[0]
     goal: float | None = None
+    optional: bool = False
     done: int = 0
     failed: int = 0
     idle: int = 0
@@ -241,9 +243,19 @@ class StageControl:
         They end when all classes forgotten so far tell no more than the request's own did.
         """
         first = DEPTHS[max(0, DEPTHS.index(self.good_depth) - SHALLOWER)]
-        fresh = StageControl(self.max_forget, self.max_drop, True, ALONG, self.noise, self.max_class)
-        fresh.good, fresh.good_depth, fresh.depth, fresh.goal = start, 0.0, first, self.good.leak if self.good else None
-        return fresh
+        return StageControl(
+            self.max_forget,
+            self.max_drop,
+            deepens=True,
+            limit=ALONG,
+            noise=self.noise,
+            max_class=self.max_class,
+            depth=first,
+            good=start,
+            good_depth=0.0,
+            goal=self.good.leak if self.good else None,
+            optional=True,
+        )
 
     def _wins_nothing(self, watch: Watch) -> bool:
         """Whether a deeper stage took no more from the features than the last good one."""
@@ -270,7 +282,8 @@ class StageControl:
         if lossless and self._wins_nothing(watch):
             self.idle += 1
             return After.GO_BACK if self.idle == IDLE else self._deeper(After.GO_BACK)
-        if lossless or (self.depth == DEPTHS[0] and watch.satisfied(self.max_forget, self.max_drop)):
+        needed = self.depth == DEPTHS[0] and not self.optional
+        if lossless or (needed and watch.satisfied(self.max_forget, self.max_drop)):
             return self._satisfied(watch, lossless)
         if self.good is not None:
             self.failed += 1

@@ -203,6 +203,14 @@ def test_earlier_classes_that_tell_no_more_than_the_request_s_own_are_enough():
     assert along.good == watched(leak=60)
 
 
+def test_a_stage_that_takes_earlier_classes_along_must_be_seen_to_cost_nothing():
+    """Where the request itself would count one that satisfies its bounds, or that too few images judge."""
+    for watch in (watched(bound=0.4, retain=LOSSY), watched(bound=-9.0, most=control.BLUR + 1)):
+        along = decide(watched(leak=60), watched(leak=59.5), watched(leak=59.5))[1].along(watched(leak=70))
+        assert [along.after(watch) for _ in range(3)] == [After.GO_ON] * 2 + [After.GO_BACK]
+        assert along.good_depth == 0
+
+
 @pytest.mark.parametrize(("own", "first"), [(1.0, 1.0), (4.0, 1.0), (8.0, 2.0), (32.0, 8.0)])
 def test_earlier_classes_begin_shallower(own, first):
     assert StageControl(1.0, 0.5, True, good_depth=own).along(watched()).depth == first
