@@ -48,10 +48,8 @@ NOISE = 1.0  # points that validation may show as lost by a depth that costs not
 STUCK = 0.25  # points of retained accuracy that a further stage must win to be followed by another
 STAGES, SETTLE_TOTAL = 6, 720  # settling stages at most, and steps of them together (but one stage is always run)
 LEAK_WON, IDLE = 1.0, 2  # points of the leak that a deeper stage must win, and how many may fail to before it ends
-ALONG, SHALLOWER = (
-    4,
-    2,
-)  # stages, at most, that take earlier classes along, and how many depths below the request's they begin
+ALONG = 4  # stages, at most, that take from classes forgotten earlier
+SHALLOWER = 2  # depths below that of the request's own classes, at which they begin
 RETRIES = 2  # further stages for a depth that costs retained accuracy: they often win it back
 STEPS_OF_IMAGES = 400  # more images than so many steps can see are not read: a million cost no more than these
 STAGES_UNSEEN = 2  # settling stages, at least, where there are too few images for validation to tell

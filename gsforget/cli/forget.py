@@ -125,7 +125,12 @@ def forget(
             "interpolation": interpolation,
         },
         "settings": replace(
-            Settings(seed=seed, max_forget_acc=max_forget_acc, max_retain_drop=max_retain_drop / 2),
+            Settings(
+                seed=seed,
+                max_forget_acc=max_forget_acc,
+                max_retain_drop=max_retain_drop / 2,
+                max_class_drop=max_class_drop,
+            ),
             **{name: value for name, value in numbers.items() if value is not None},
         ),
         "thresholds": Thresholds(max_forget_acc, max_retain_drop, max_class_drop, max_probe_excess),
@@ -213,10 +218,12 @@ def show(outcome: Any) -> None:
     )
     c = metrics["chosen"]
     bound = f"bound {c['bnd']:.2f} nats, " if "bnd" in c else ""
+    earlier = f", {c['batch_earlier']} of classes forgotten earlier" if c["batch_earlier"] else ""
     say(
         f"Chosen: {bound}at most {c['target_groups']} blocks, group penalty {c['prox_first']:.1e} at first, "
         f"{c['steps_select']} steps of selection and {c['steps'] - c['steps_select']} of settling in {c['stages']} stage(s), "
-        f"{c['batch_retain']} retained and {c['batch_forget']} forgotten images a step, rank {c['rank']}, step size {c['lr']:g}."
+        f"{c['batch_retain']} retained and {c['batch_forget']} forgotten images a step{earlier}, "
+        f"rank {c['rank']}, step size {c['lr']:g}."
     )
     for gate in metrics["gates"]:
         if not gate["passed"]:
