@@ -215,8 +215,10 @@ class Loop:
         if good is None or not self.stages.lossless(good) or not len(rows):
             return False
         known = torch.cat([self.known, self.earlier.train]).sort().values
-        seen = self.seen_of(torch.arange(len(self.labels)))
-        wider = self.objective.with_earlier(seen, known.to(self.device), self.stages.good_depth)
+        everything = torch.arange(len(self.labels))
+        wider = self.objective.with_earlier(
+            lambda: self.seen_of(everything), known.to(self.device), self.stages.good_depth
+        )
         if wider is None:
             return False
         self.objective = wider

@@ -135,11 +135,12 @@ class Objective(Protocol):
         """
         ...
 
-    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> Objective | None:
+    def with_earlier(self, see: Callable[[], Seen], rows: Tensor, depth: float) -> Objective | None:
         """The same losses, whose `depth` is that of classes forgotten earlier from now on; None where there is no such thing.
 
         Args:
-            seen: what the model in training makes of all N images now; rows: int64, those that teach what is taken.
+            see: gives what the model in training makes of all N images now; asked only where it is needed.
+            rows: int64, the images that teach what is taken.
             depth: of the classes to forget, which stays.
         """
         ...

@@ -166,7 +166,7 @@ def test_opponents_of_earlier_classes_know_all_classes_and_take_from_theirs_alon
     objective = task.objective(Seen(torch.zeros(60, 5), features), labels, gone, rows[~old])
     now = features + torch.randn(60, 4, generator=generator)
     moved = torch.randn(60, 4, generator=generator)
-    wider = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows, 2.0)
+    wider = objective.with_earlier(lambda: Seen(torch.zeros(60, 5), now), rows, 2.0)
     first = objective.losses(Seen(torch.zeros(60, 5), moved), rows, depth=2.0)
     then = wider.losses(Seen(torch.zeros(60, 5), moved), rows, depth=3.0)
     held = PULL_WEIGHT * (((moved - features)[~gone] / objective.features.prototypes.scale) ** 2).mean()
@@ -174,9 +174,12 @@ def test_opponents_of_earlier_classes_know_all_classes_and_take_from_theirs_alon
     taken = 3.0 * SEPARABILITY_WEIGHT * Separability(now, labels, rows, gone).loss(moved, rows, old)
     torch.testing.assert_close(then.forget, first.forget + taken)
     # They begin with the features as they are now, so that they know the earlier class where it is.
-    fresh = objective.with_earlier(Seen(torch.zeros(60, 5), now), rows, 2.0)
+    fresh = objective.with_earlier(lambda: Seen(torch.zeros(60, 5), now), rows, 2.0)
     assert torch.equal(fresh.named(Seen(now, now), rows), Separability(now, labels, rows, gone).named(now, labels))
-    assert gs_lora_pp(features, labels % 3, labels % 3 == 0, "gs-lora").with_earlier(Seen(now, now), rows, 2.0) is None
+    assert (
+        gs_lora_pp(features, labels % 3, labels % 3 == 0, "gs-lora").with_earlier(lambda: Seen(now, now), rows, 2.0)
+        is None
+    )
 
 
 def test_features_that_stayed_cost_a_retained_image_nothing():

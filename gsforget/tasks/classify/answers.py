@@ -46,18 +46,12 @@ def score(before: Tensor, after: Tensor, forget: Tensor, shows: Tensor, labels: 
         shows: int64 [N], which image each is a view of.
         labels: int64 [N]: then the loss of the class that lost most is said as well.
     """
-    kept = ~forget.cpu()
+    before, after, kept = before.cpu(), after.cpu(), ~forget.cpu()
+    accuracies = percent(after[~kept]), percent(after[kept]), percent(before[kept])
+    if not kept.any():
+        return Score(*accuracies, None, None)
     was, now, image = (x.cpu()[kept].numpy() for x in (before, after, shows))
-    forgotten = percent(after.cpu()[~kept])
-    if not len(was):
-        return Score(forgotten, None, None, None, None)
-    found = Score(
-        forgotten,
-        100 * float(now.mean()),
-        100 * float(was.mean()),
-        paired_drop(was, now, image)[1],
-        -paired_drop(now, was, image)[1],
-    )
+    found = Score(*accuracies, paired_drop(was, now, image)[1], -paired_drop(now, was, image)[1])
     if labels is None:
         return found
     truth = labels.cpu()[kept].numpy()
@@ -67,7 +61,7 @@ def score(before: Tensor, after: Tensor, forget: Tensor, shows: Tensor, labels: 
 
 def percent(flags: Tensor) -> float | None:
     """Share of flags, bool [N]; None where there are none."""
-    return 100 * flags.float().mean().item() if len(flags) else None
+    return 100 * flags.double().mean().item() if len(flags) else None
 
 
 def nothing() -> Tensor:

@@ -13,6 +13,7 @@ taken away (`separability`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -191,10 +192,10 @@ class ClassificationObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows, self.labels[rows])
 
-    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> ClassificationObjective | None:
+    def with_earlier(self, see: Callable[[], Seen], rows: Tensor, depth: float) -> ClassificationObjective | None:
         if self.features is None:
             return None
-        opponents = Separability(seen.features.float(), self.labels, rows, self.forget)
+        opponents = Separability(see().features.float(), self.labels, rows, self.forget)
         features = replace(self.features, earlier=opponents, own_depth=depth, pull=max(self.features.pull, FIRM_PULL))
         return replace(self, features=features)
 

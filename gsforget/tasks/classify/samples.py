@@ -9,6 +9,7 @@ model is suspiciously wrong about is as recognisable as one that it remembers.  
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,8 +85,8 @@ class SingleImagesObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
 
-    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
-        del seen, rows, depth
+    def with_earlier(self, see: Callable[[], Seen], rows: Tensor, depth: float) -> None:
+        del see, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> None:
         del seen, rows

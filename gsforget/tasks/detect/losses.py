@@ -16,7 +16,7 @@ pulled to where they were.  What a linear probe could still tell of forgotten ob
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -290,9 +290,9 @@ class DetectionObjective:
         """Never asked: images of kinds forgotten earlier are retained images, on which these kinds stay suppressed."""
         return torch.zeros(len(rows), dtype=torch.bool)
 
-    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
+    def with_earlier(self, see: Callable[[], Seen], rows: Tensor, depth: float) -> None:
         """From the first step on, the opponents look at objects of kinds forgotten earlier too."""
-        del seen, rows, depth
+        del see, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         """Of forgotten objects on the images, by the opponent of the training."""

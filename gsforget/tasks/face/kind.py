@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 networks = find_feed_forward  # see `gsforget.tasks.base.Kind`
-JUDGED_BY = 1, 0.5  # validation looks at one mild view of each image: crops are aligned, and nobody comes upside down
+JUDGED_BY = 1, 0.5  # validation looks at one mild view of each image, for crops are aligned
 PROBES = ("linear_probe", "linear_probe_excess", "prototype_attack", "mia_auc")
 NO_PROBES = f"{', '.join(PROBES[:-1])} and {PROBES[-1]}: for people, verification next to never-seen people stands in their place"
 

@@ -18,6 +18,7 @@ The weights were chosen on one stand-in with seeds 0 to 2; `benchmarks/faces.py`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -187,9 +188,9 @@ class FaceObjective:
     def score(self, seen: Seen, rows: Tensor, shows: Tensor) -> Score:
         return score(self.right_before[rows], self.right(seen, rows), self.forget[rows], shows)
 
-    def with_earlier(self, seen: Seen, rows: Tensor, depth: float) -> None:
+    def with_earlier(self, see: Callable[[], Seen], rows: Tensor, depth: float) -> None:
         """People forgotten earlier are pushed off again by the other terms where they come back."""
-        del seen, rows, depth
+        del see, rows, depth
 
     def named(self, seen: Seen, rows: Tensor) -> Tensor | None:
         return self.separability.named(seen.features, self.labels[rows]) if self.separability else None
