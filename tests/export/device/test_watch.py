@@ -38,8 +38,9 @@ def inbox(tmp_path):
 
 
 def lines(inbox):
+    """The whole lines there are; whoever reads while a line is written finds a part of it behind the last newline."""
     path = inbox / PREDICTIONS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def paths(entries):
