@@ -217,6 +217,7 @@ class StageControl:
         depth: of the stage to come; good: the last stage that satisfied, good_depth: its depth.
         goal: a leak that is low enough; None: ever less.
         optional: whether a stage counts only where validation sees no loss, at whatever depth.
+        least: stages at least, where the limit allows; `STAGES_UNSEEN` where validation is too small to rule out a loss.
     """
 
     max_forget: float
@@ -230,6 +231,7 @@ class StageControl:
     good_depth: float = DEPTHS[0]
     goal: float | None = None
     optional: bool = False
+    least: int = 1
     done: int = 0
     failed: int = 0
     idle: int = 0
@@ -298,7 +300,7 @@ class StageControl:
                 return After.GO_ON
             return After.STOP if self.good is watch else After.GO_BACK
         self.good, self.good_depth, self.failed, self.idle = watch, self.depth, 0, 0
-        if not watch.sharp and self.done < STAGES_UNSEEN:
+        if self.done < (self.least if watch.sharp else STAGES_UNSEEN):
             return After.GO_ON if self.done < self.limit else After.STOP
         enough = self.goal is not None and watch.leak is not None and watch.leak <= self.goal
         return self._deeper(After.STOP) if self.deepens and lossless and not enough else After.STOP

@@ -5,7 +5,7 @@
 - A retained class without images gets `stand_ins`, and views of them; then the other retained images get three views
   each as well, because what is not tied down by images of its own is tied down by whatever else the network must still say.
 - Retained validation images are replaced by views: the images themselves the model remembers, and would seem to lose
-  more than it does.
+  more than it does.  Of a handful per class there is one view each: four make it look surer than so few images are.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Material:
         known: rows of `train` that show their class as it is, which made images of a class without any do not.
         kept: how many retained images of `train` are there, and not made: those of one epoch.
         blind: whether there are retained classes that validation sees nothing of.
+        handful: whether half of the retained classes or more have so few images that views of them are learned from.
         shows: which image each is a view of, int64 [N]; None: each is an image by itself.
     """
 
@@ -49,6 +50,7 @@ class Material:
     known: Tensor
     kept: int
     blind: bool = False
+    handful: bool = False
     shows: Tensor | None = None
 
 
@@ -70,7 +72,8 @@ def gather(
         forget, erased: classes to forget now, and those that earlier requests forgot.
         single: bool [N], images to forget by themselves: they are only learned from, and there are no views of them.
         lacking: retained classes without images.
-        judged_by: how many views of each retained image validation looks at, at most, and how strong they are.
+        judged_by: how many views of each retained image validation looks at, at most, and how strong they are; where most
+            retained classes have a handful of images it is one.
     """
     rng = torch.Generator().manual_seed(seed)
     several = torch.nonzero(~single).flatten()
@@ -92,7 +95,8 @@ def gather(
         instead = [made, Views(made, each, rng), Views(images, _some(kept.repeat(BESIDE), rng), rng)]
     remembered = torch.isin(images.labels[val], gone)
     most, strength = judged_by
-    each = max(1, min(most, -(-LOOKS // max(1, int((~remembered).sum())))))
+    handful = _mostly_few(images.labels[kept])
+    each = 1 if handful else max(1, min(most, -(-LOOKS // max(1, int((~remembered).sum())))))
     looks = Views(images, val[~remembered].repeat(each), rng, strength)
     joined = Joined([images, *shown, *instead, looks])
     first, second, third, end = (joined.ends[k] for k in (0, 1, -2, -1))
@@ -110,6 +114,7 @@ def gather(
         known=torch.cat([there, torch.arange(first, second)]),
         kept=len(kept),
         blind=bool(lacking),
+        handful=handful,
         shows=shows,
     )
 
@@ -118,6 +123,12 @@ def _lacking_views(labels: Tensor) -> Tensor:
     """How many views of each image bring its class to `FILL` or more where it has less than `FEW`, int64 [N]."""
     counts = torch.bincount(labels)[labels] if len(labels) else labels
     return torch.where(counts < FEW, -(-FILL // counts.clamp_min(1)) - 1, 0)
+
+
+def _mostly_few(labels: Tensor) -> bool:
+    """Whether half of the classes or more have less than `FEW` images."""
+    counts = torch.bincount(labels)
+    return bool(len(labels)) and counts[counts > 0].median().item() < FEW
 
 
 def _of_first(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gsforget.errors import RequestError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
 
 Z_TWO_SIDED = 1.959963984540054  # 95 %, normal quantile at 0.975
 Z_ONE_SIDED = 1.6448536269514722  # 95 %, normal quantile at 0.95
@@ -39,6 +40,11 @@ class Accuracy:
         """Percent, counts, and the two-sided 95 % Wilson interval in percent."""
         low, high = wilson(self.right, self.count) if self.count else (None, None)
         return {"acc": self.percent, "right": self.right, "count": self.count, "low": low, "high": high}
+
+
+def percent(flags: NDArray[np.bool_] | Tensor) -> float | None:
+    """Share of flags, bool [N], numpy or torch on any device, that are set, 0 to 100; None without any."""
+    return 100.0 * int(flags.sum()) / len(flags) if len(flags) else None
 
 
 def predict(logits: ArrayLike) -> NDArray[np.int64]:

@@ -44,9 +44,10 @@ from gsforget.settings import Settings
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
 from gsforget.there import there
+from gsforget.validation import GLANCE_IMAGES, Validation
 
 EVAL_BATCH = 256
-GLANCE_EVERY, GLANCE_IMAGES = 20, 200  # steps between live figures, and how many validation images they are taken from
+GLANCE_EVERY = 20  # steps between live figures
 Event = dict[str, Any]
 
 
@@ -94,8 +95,6 @@ class Loop:
         self.forget, self.val = forget | old, val
         self.material, self.known = material, material.known[~old[material.known]]
         self.labels = self.images.labels.to(self.device)
-        shuffled = torch.randperm(len(val), generator=torch.Generator().manual_seed(settings.seed))
-        self.glance = val[shuffled[:GLANCE_IMAGES]]
         self.rng = torch.Generator().manual_seed(settings.seed)
         pools = {"retain": train[~forget[train]], "forget": train[forget[train]], "earlier": train[:0]}
         self.rounds = Rounds(pools, self.rng)
@@ -131,7 +130,8 @@ class Loop:
         self.objective = self.task.objective(before, self.labels, *here)
         held = self.earlier.val.to(self.device)
         named = self.objective.right(before.rows(held), held).cpu() if len(held) else torch.zeros(0, dtype=torch.bool)
-        self._forget_again(self._returned(named))
+        self._forget_again(self.earlier.returned(named, self.settings.max_forget_acc))
+        self.validation = self._validation()
         forces = product_forces(self.groups, lambda: self._losses(self._draw_batch(2)).total)
         processes.broadcast_(forces)
         target = self.settings.target_groups or default_target(len(self.groups))
@@ -164,6 +164,20 @@ class Loop:
         self.trained.seconds = time.perf_counter() - start
         return self.trained
 
+    def _validation(self) -> Validation:
+        shuffled = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(self.settings.seed))
+        return Validation(
+            self.objective,
+            self.seen_of,
+            rows=self.val,
+            few=self.val[shuffled[:GLANCE_IMAGES]],
+            forget=self.forget,
+            shows=self.material.shows,
+            earlier=self.earlier,
+            max_forget=self.settings.max_forget_acc,
+            device=self.device,
+        )
+
     def _select(self) -> None:
         target = self.control.target
         while len(self._alive()) > target and self.step < control.SELECT_LIMIT:
@@ -184,9 +198,10 @@ class Loop:
                 self._settle(length)
             return fixed
         limit = stage_limit(length) if s.epochs is None else 1
-        deepens = self.objective.deepens and not self.material.blind
+        deepens = self.objective.deepens and not (self.material.blind or self.material.handful)
+        least = control.STAGES_UNSEEN if self.material.handful else 1
         limits = s.max_forget_acc, s.max_retain_drop
-        self.stages = StageControl(*limits, deepens, limit, self.objective.noise, s.max_class_drop)
+        self.stages = StageControl(*limits, deepens, limit, self.objective.noise, s.max_class_drop, least=least)
         self._run_stages(length)
         done, self.depths = self.stages.done, [self.stages.good_depth]
         if deepens and s.epochs is None and self._take_earlier_along():
@@ -221,7 +236,8 @@ class Loop:
         )
         if wider is None:
             return False
-        self.objective = wider
+        self.objective = self.validation.objective = wider
+        self.validation.along = True
         self.rounds.add("earlier", rows)
         self.batch_earlier = min(len(rows), self.batch_forget)
         self.stages = self.stages.along(self._watch())
@@ -403,39 +419,15 @@ class Loop:
             )
 
     def _watch(self) -> Watch:
-        """Validation accuracies that decide, on all validation images."""
-        old = self._right(self.earlier.val)
-        found = self._validate(self.val, _percent(old), self._returned(old), self._leak())
+        """What all validation images say, and decides."""
+        found = self.validation.watch(self.step, self._alive())
+        self._tell_of(found)
         watch = processes.from_first(lambda: found)
         self.trained.watches.append(watch)
         return watch
 
-    def _validate(
-        self, rows: Tensor, old: float | None = None, returned: Sequence[int] = (), leak: float | None = None
-    ) -> Watch:
-        shows = rows if self.material.shows is None else self.material.shows[rows]
-        score = self.objective.score(self.seen_of(rows), rows.to(self.device), shows)
-        figures = score.forget, score.retain, score.retain_before, score.drop_bound, score.drop_most
-        watch = Watch(self.step, *figures, self._alive(), old, list(returned), leak, score.class_bound)
+    def _tell_of(self, watch: Watch) -> None:
         self.progress({"stage": "validate", **watch.to_json()})
-        return watch
-
-    def _right(self, rows: Tensor) -> Tensor:
-        """Which images the model answers rightly now, bool [len(rows)], on the CPU."""
-        if not len(rows):
-            return torch.zeros(0, dtype=torch.bool)
-        return self.objective.right(self.seen_of(rows), rows.to(self.device)).cpu()
-
-    def _leak(self) -> float | None:
-        """Percent of validation images to forget whose class a fresh probe names in the features; None without a look."""
-        rows = self.val[self.forget[self.val]]
-        if self.batch_earlier:
-            rows = torch.cat([rows, self.earlier.val])
-        named = self.objective.named(self.seen_of(rows), rows.to(self.device)) if len(rows) else None
-        return None if named is None else _percent(named)
-
-    def _returned(self, right: Tensor) -> list[int]:
-        return self.earlier.returned(right, self.settings.max_forget_acc)
 
     def _forget_again(self, returned: Sequence[int]) -> None:
         """Learn from images of classes that came back as from those of the classes to forget."""
@@ -450,8 +442,10 @@ class Loop:
         self._tell()
 
     def _tell(self) -> None:
-        if not self.log.unread and self.step % GLANCE_EVERY == 0 and len(self.glance):
-            self._validate(self.glance)
+        if not self.log.unread and self.step % GLANCE_EVERY == 0:
+            glance = self.validation.glance(self.step, self._alive())
+            if glance is not None:
+                self._tell_of(glance)
         for event in self.log.events(self.control.target):
             self.progress(event)
 
@@ -460,10 +454,6 @@ class Loop:
         if self.log.unread:
             self._read_log()
             self._tell()
-
-
-def _percent(flags: Tensor) -> float | None:
-    return 100 * flags.float().mean().item() if len(flags) else None
 
 
 def _free_memory(device: torch.device) -> float:

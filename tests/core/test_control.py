@@ -123,6 +123,13 @@ def test_stages_end_when_validation_is_satisfied_and_there_is_no_depth():
     assert (stages.good, stages.done) == (watched(), 2)
 
 
+def test_more_stages_than_one_may_be_a_must():
+    stages = StageControl(1.0, 0.5, False, least=2)
+    assert [stages.after(watched(retain=r)) for r in (98.0, 98.5)] == [After.GO_ON, After.STOP]
+    assert (stages.good, stages.done) == (watched(retain=98.5), 2)
+    assert StageControl(1.0, 0.5, False, limit=1, least=2).after(watched()) is After.STOP
+
+
 LOSSY = 98.0 - 1.01 * control.NOISE
 
 

@@ -52,6 +52,7 @@ def test_plenty_of_images_are_taken_as_they_are_but_for_validation():
     assert per_class(m, m.val) == [8 * JUDGED, 8, 8, 8 * JUDGED, 8 * JUDGED]
     assert m.kept == 3 * 32
     assert not m.blind
+    assert not m.handful
     views = m.val[m.val >= count]
     assert per_class(m, views) == [8 * JUDGED, 0, 0, 8 * JUDGED, 8 * JUDGED]  # retained classes are judged by views
     assert torch.equal(m.shows[:count], torch.arange(count))
@@ -92,11 +93,19 @@ def test_a_handful_is_filled_up_with_views_on_both_sides():
     assert found[2] == 3  # of classes forgotten earlier there are no views
     assert found[3] == 32
     assert found[4] == 2  # too few for validation to judge by
-    assert per_class(m, m.val) == [JUDGED, 1, 1, 8 * JUDGED, 0]
+    assert per_class(m, m.val) == [1, 1, 1, 8, 0]  # one view each, where most retained classes have so few
+    assert m.handful
+    assert not m.blind
     assert torch.equal(m.known, m.train)
     assert m.kept == 3 + 32 + 2  # an epoch goes by what is there
     assert torch.equal(m.images.batch(m.train[:5]), there.pixels[m.train[:5]])
     assert m.forget[m.train[m.train >= count]].sum() == found[1] - 3
+
+
+def test_one_class_with_a_handful_leaves_the_others_judged_as_ever():
+    _, m = prepared(40, 40, 4, 40, 40)
+    assert not m.handful
+    assert per_class(m, m.val) == [8 * JUDGED, 8, JUDGED, 8 * JUDGED, 8 * JUDGED]
 
 
 def test_a_class_without_images_gets_stand_ins_that_the_model_takes_for_it():

@@ -16,6 +16,7 @@ from gsforget.metrics import (
     h_mean,
     of_classes,
     per_class,
+    percent,
     plausibility,
     predict,
     wilson,
@@ -71,6 +72,13 @@ def test_accuracy_is_weighted_by_images():
     assert accuracy(correct, of_classes(labels, [0])) == Accuracy(2, 4)
     assert per_class(correct, labels, 3) == [Accuracy(2, 4), Accuracy(1, 1), Accuracy(0, 0)]
     assert Accuracy(0, 0).to_json() == {"acc": None, "right": 0, "count": 0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_percent_of_flags_is_exact_and_needs_some(kind):
+    assert percent(kind([True, False, False])) == 100 / 3
+    assert percent(kind([True] * 7 + [False] * 93)) == 7.0
+    assert percent(kind([True])[:0]) is None
 
 
 def test_of_no_classes_is_nothing():

@@ -20,6 +20,7 @@ from gsforget.settings import Settings
 from gsforget.steps import READ_EVERY, StepLog
 from gsforget.tasks.classify import Classification, default_bound
 from gsforget.training import Loop
+from gsforget.validation import Validation
 
 CLASSES, BEE = 4, 1
 
@@ -130,14 +131,14 @@ def test_inactive_groups_are_exactly_zero_and_their_blocks_run_bare(done):
 
 
 def test_it_goes_deeper_while_retained_accuracy_allows_and_a_probe_names_fewer(three_blocks, monkeypatch):
-    run, leak = loop(three_blocks, count=640), Loop._leak
+    run, leak = loop(three_blocks, count=640), Validation._leak
     measured = []
 
-    def falling():
-        measured.append(leak(run))
+    def falling(self):
+        measured.append(leak(self))
         return 90.0 - 10 * len(measured)
 
-    monkeypatch.setattr(run, "_leak", falling)
+    monkeypatch.setattr(Validation, "_leak", falling)
     chosen = run.run().chosen
     assert chosen["depth"] in control.DEPTHS[1:]
     assert len(measured) == chosen["stages"] > 1
@@ -149,6 +150,15 @@ def test_where_retained_classes_have_no_images_it_goes_no_deeper(three_blocks):
     run.material = replace(run.material, blind=True)
     chosen = run.run().chosen
     assert (chosen["stages"], chosen["depth"]) == (1, control.DEPTHS[0])
+
+
+def test_with_a_handful_per_class_there_are_at_least_two_stages_and_none_deeper(three_blocks):
+    run = loop(three_blocks, count=640)
+    run.material = replace(run.material, handful=True)
+    chosen = run.run().chosen
+    assert run.trained.watches[0].sharp
+    assert chosen["stages"] >= control.STAGES_UNSEEN
+    assert chosen["depth"] == control.DEPTHS[0]
 
 
 def test_an_epoch_is_as_long_as_what_is_there_however_much_is_made(three_blocks):

@@ -11,6 +11,7 @@ import torch
 from gsforget.features import FeatureTap, find_classifier
 from gsforget.gates import paired_drop
 from gsforget.lora.blocks import as_logits
+from gsforget.metrics import percent
 from gsforget.tasks.base import Reader, Score, Seen
 
 if TYPE_CHECKING:
@@ -57,11 +58,6 @@ def score(before: Tensor, after: Tensor, forget: Tensor, shows: Tensor, labels: 
     truth = labels.cpu()[kept].numpy()
     worst = max(paired_drop(was[mine], now[mine], image[mine])[1] for mine in (truth == k for k in np.unique(truth)))
     return replace(found, class_bound=worst)
-
-
-def percent(flags: Tensor) -> float | None:
-    """Share of flags, bool [N]; None where there are none."""
-    return 100 * flags.double().mean().item() if len(flags) else None
 
 
 def nothing() -> Tensor:

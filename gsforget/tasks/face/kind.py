@@ -195,7 +195,8 @@ class FaceStudy(ClassifyStudy):
         single = torch.zeros(len(self.images), dtype=torch.bool)
         sides = self.forget, self.erased
         material = gather(self.model, self.images, *sides, single, [], settings.seed, JUDGED_BY)
-        return Plan(task, replace(material, blind=bool(lacking)), settings)
+        # People have few photographs each, and are judged by pairs of them, of which there are many.
+        return Plan(task, replace(material, blind=bool(lacking), handful=False), settings)
 
     def look(self) -> Seen:
         embeddings = self._embeddings(self.test)
