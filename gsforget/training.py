@@ -115,7 +115,8 @@ class Loop:
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
         self.step, self.stages = 0, StageControl(0, 0, False)
-        self.depths = [control.DEPTHS[0]]  # of the request's classes, and of earlier ones where they are taken along
+        self.depth = control.DEPTHS[0]  # that the request's own classes have come to
+        self.depth_earlier: float | None = None  # … and earlier ones, where they are taken along
         self.alive = list(range(len(self.groups)))  # as the host last read it
         self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = StepLog(len(self.groups), self.device)
@@ -155,8 +156,8 @@ class Loop:
             "steps_select": selected,
             "steps": self.step,
             "stages": stages,
-            "depth": self.depths[0] if self.objective.deepens else None,
-            "depth_earlier": self.depths[1] if len(self.depths) > 1 else None,
+            "depth": self.depth if self.objective.deepens else None,
+            "depth_earlier": self.depth_earlier,
             "forgotten_again": self.earlier.again,
             "batch_earlier": self.batch_earlier,
             "reused_outputs": kept,
@@ -203,11 +204,11 @@ class Loop:
         limits = s.max_forget_acc, s.max_retain_drop
         self.stages = StageControl(*limits, deepens, limit, self.objective.noise, s.max_class_drop, least=least)
         self._run_stages(length)
-        done, self.depths = self.stages.done, [self.stages.good_depth]
+        done, self.depth = self.stages.done, self.stages.good_depth
         if deepens and s.epochs is None and self._take_earlier_along():
             self._run_stages(length)
             done += self.stages.done
-            self.depths.append(self.stages.good_depth)
+            self.depth_earlier = self.stages.good_depth
         return done
 
     def _run_stages(self, length: int) -> None:
