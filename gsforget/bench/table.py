@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+from gsforget.audit.probes import NO_ROOM
 from gsforget.bench.store import Cell
+
+EXCESS = "linear_probe_excess"
+PROBE = ("linear_probe", "probe", True, 1)  # in place of the excess where that says nothing
 
 # Columns beside H: key of a cell, heading, whether large is bad, digits.
 COLUMNS = (
@@ -21,7 +25,7 @@ COLUMNS = (
     ("old_acc_after", "earlier", True, 1),
     ("retain_acc_after", "retain", False, 1),
     ("missing_acc_after", "missing", False, 1),
-    ("linear_probe_excess", "probe excess", True, 2),
+    (EXCESS, "probe excess", True, 2),
     ("prototype_attack", "prototype attack", True, 1),
     ("mia_auc", "MIA AUC", True, 2),
     ("relearn_steps", "relearn steps", False, 0),
@@ -81,16 +85,39 @@ def rows(content: dict[str, Any]) -> list[Row]:
     cells: dict[str, Cell] = content["cells"]
     count = len(content["setting"]["requests"])
     names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in cells))
-    made = [_row(name, cells, count, columns_of(content)) for name in names]
+    made = [_row(name, cells, count, columns_of(content), without_room(content)) for name in names]
     return sorted(made, key=lambda r: (bool(r.control), r.h[-1] is None, -(r.h[-1].median if r.h[-1] else 0.0)))
 
 
 def columns_of(content: dict[str, Any]) -> Sequence[tuple[str, str, bool, int]]:
-    """The columns of a bench, by the task of its model."""
-    return OF_DETECTORS if content["setting"].get("task") == "detect" else COLUMNS
+    """The columns of a bench, by the task of its model, and by whether a probe's excess says anything there."""
+    if content["setting"].get("task") == "detect":
+        return OF_DETECTORS
+    nowhere = len(without_room(content)) == len(content["setting"]["requests"])
+    return [PROBE if nowhere and column[0] == EXCESS else column for column in COLUMNS]
 
 
-def _row(name: str, cells: dict[str, Cell], count: int, columns: Sequence[tuple[str, str, bool, int]]) -> Row:
+def without_room(content: dict[str, Any]) -> set[int]:
+    """Requests, 0-based, in which a probe names the classes nearly as well in a model that never saw them as in the original.
+
+    Their excess is a ratio of small differences, and the audit does not judge it either (`excess_verdict`).
+    """
+    found = set()
+    for n in range(len(content["setting"]["requests"])):
+        leaks = [content.get("references", {}).get(f"{name}/{n}", {}) for name in ("original", "never-seen")]
+        original, never = (leak.get("linear_probe") for leak in leaks)
+        if original is not None and never is not None and original - never < NO_ROOM:
+            found.add(n)
+    return found
+
+
+def _row(
+    name: str,
+    cells: dict[str, Cell],
+    count: int,
+    columns: Sequence[tuple[str, str, bool, int]],
+    no_room: Collection[int],
+) -> Row:
     mine = {tuple(map(int, k.rsplit("/", 2)[1:])): c for k, c in cells.items() if k.rsplit("/", 2)[0] == name}
     seeds = sorted({seed for seed, _ in mine})
     good = {place: c for place, c in mine.items() if "failed" not in c}
@@ -108,7 +135,8 @@ def _row(name: str, cells: dict[str, Cell], count: int, columns: Sequence[tuple[
     )
     worst = {}
     for key, _, bad, _ in columns:
-        found = [[c[key] for c in chain if c[key] is not None] for chain in whole]
+        left_out = no_room if key == EXCESS else ()
+        found = [[c[key] for n, c in enumerate(chain) if c[key] is not None and n not in left_out] for chain in whole]
         worst[key] = spread([max(f) if bad else min(f) for f in found if f])
     return Row(
         name,

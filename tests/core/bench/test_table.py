@@ -11,7 +11,13 @@ from gsforget.bench.table import Spread
 
 def cell(h, excess=0.1, verdict="pass", checks=(), **more):
     figures = {"forget_acc_after": 0.0, "old_acc_after": None, "retain_acc_after": 80.0, "missing_acc_after": None}
-    attacks = {"linear_probe_excess": excess, "prototype_attack": 5.0, "mia_auc": 0.5, "relearn_steps": None}
+    attacks = {
+        "linear_probe": 60.0,
+        "linear_probe_excess": excess,
+        "prototype_attack": 5.0,
+        "mia_auc": 0.5,
+        "relearn_steps": None,
+    }
     cost = {"seconds": 2.0, "changed_parameters": 5, "parameters": 50, "control": "", "settings": {}}
     return {"h_mean": h, **figures, **attacks, **cost, "verdict": verdict, "failed_checks": list(checks), **more}
 
@@ -69,3 +75,31 @@ def test_csv_has_a_line_per_cell(content):
 def test_the_figure_is_drawn(content, tmp_path):
     figure.draw(content, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def with_room(content, *rooms):
+    probes = {f"original/{n}": {"linear_probe": 90.0 + room} for n, room in enumerate(rooms)}
+    never = {f"never-seen/{n}": {"linear_probe": 90.0} for n in range(len(rooms))}
+    return {**content, "references": {**probes, **never}}
+
+
+def test_a_request_whose_probes_lie_too_near_has_no_excess(content):
+    found = {row.method: row for row in table.rows(with_room(content, 5.0, 3.9))}
+    assert found["scrub"].worst["linear_probe_excess"] == Spread(0.1, 0.1, 0.1)  # 0.4 was of the second request
+    assert table.without_room(with_room(content, 5.0, 4.0)) == set()
+
+
+def test_where_no_request_has_room_the_probe_itself_is_shown(content, tmp_path):
+    nowhere = with_room(content, 3.0, -1.0)
+    assert "probe" in table.headings(nowhere)
+    assert "probe excess" not in table.headings(nowhere)
+    assert {row.method: row for row in table.rows(nowhere)}["scrub"].worst["linear_probe"] == Spread(60.0, 60.0, 60.0)
+    assert "| 60.0 |" in table.markdown(nowhere)
+    figure.draw(nowhere, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("leak", [{}, {"linear_probe": None}])
+def test_references_without_a_probe_leave_the_columns_as_they_are(content, leak):
+    content["references"] = {"original/0": leak, "never-seen/0": leak}
+    assert table.without_room(content) == set()
