@@ -44,7 +44,7 @@ class Accuracy:
 
 def percent(flags: NDArray[np.bool_] | Tensor) -> float | None:
     """Share of flags, bool [N], numpy or torch on any device, that are set, 0 to 100; None without any."""
-    return 100.0 * int(flags.sum()) / len(flags) if len(flags) else None
+    return Accuracy(int(flags.sum()), len(flags)).percent
 
 
 def predict(logits: ArrayLike) -> NDArray[np.int64]:

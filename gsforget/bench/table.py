@@ -85,7 +85,8 @@ def rows(content: dict[str, Any]) -> list[Row]:
     cells: dict[str, Cell] = content["cells"]
     count = len(content["setting"]["requests"])
     names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in cells))
-    made = [_row(name, cells, count, columns_of(content), without_room(content)) for name in names]
+    columns, no_room = columns_of(content), without_room(content)
+    made = [_row(name, cells, count, columns, no_room) for name in names]
     return sorted(made, key=lambda r: (bool(r.control), r.h[-1] is None, -(r.h[-1].median if r.h[-1] else 0.0)))
 
 
