@@ -34,19 +34,15 @@ from gsforget.graphs import Graphs
 from gsforget.kernels.group_prox import ProximalAdam
 from gsforget.lora.forms import find_forms
 from gsforget.lora.groups import LoRAGroups
-from gsforget.machine import available_memory
 from gsforget.material import Material
-from gsforget.precision import in_bfloat16
-from gsforget.prefix import PrefixReuse
 from gsforget.rehearsal import Rehearsal, weights_from
 from gsforget.rounds import Rounds
 from gsforget.settings import Settings
+from gsforget.sight import Sight
 from gsforget.steps import StepLog
 from gsforget.tasks.base import Duel, Losses, Seen, Task
-from gsforget.there import there
 from gsforget.validation import GLANCE_IMAGES, Validation
 
-EVAL_BATCH = 256
 GLANCE_EVERY = 20  # steps between live figures
 Event = dict[str, Any]
 
@@ -103,14 +99,10 @@ class Loop:
         share = round(self.batch_retain * forgotten / max(1, retained))
         self.batch_forget = min(forgotten, max(round(self.batch_retain * control.FORGET_SHARE), share, 1))
         self.batch_earlier = 0
-        self.reuse: PrefixReuse | None = None
-        self.probe = self._images(torch.linspace(0, len(self.labels) - 1, 6).long())
-        self.read = task.reader(model, self.probe[:2])
-        if settings.autocast:
-            self.read = in_bfloat16(self.read, self.device)
-        self.eval_batch = min(EVAL_BATCH, getattr(task, "batch", EVAL_BATCH))
-        networks = task.networks(model, self.probe[:2])
-        forms = find_forms(model, networks, self.probe[:2])
+        self.sight = Sight(model, task, self.images, settings.autocast)
+        two = self.sight.probe[:2]
+        networks = task.networks(model, two)
+        forms = find_forms(model, networks, two)
         self.groups = LoRAGroups(model, networks, settings.rank, settings.seed, forms)
         self.lr = default_lr(self._width()) if settings.lr is None else settings.lr
         self.adam = ProximalAdam(self.groups.lengths.to(self.device), self.groups.weights)
@@ -121,12 +113,11 @@ class Loop:
         self.rate = torch.zeros((), dtype=torch.float64, device=self.device)
         self.log = StepLog(len(self.groups), self.device)
         self.graphs = Graphs.on(self.device, settings.cuda_graphs, self.adam.on_device)
-        self.parts: Seen | None = None  # of two images: which tensors there are, for those that a graph gives
         self.trained = Trained(self.groups, {})
 
     def run(self) -> Trained:
         start = time.perf_counter()
-        before = self.seen_of(torch.arange(len(self.labels)))
+        before = self.sight.of_many(torch.arange(len(self.labels)))
         here = [x.to(self.device) for x in (self.forget, self.known)]
         self.objective = self.task.objective(before, self.labels, *here)
         held = self.earlier.val.to(self.device)
@@ -141,10 +132,9 @@ class Loop:
         self.control = StrengthControl(first, target, counter, self.settings.prox is not None)
         self._select()
         selected = self.step
-        self._plan_reuse()
+        if self.settings.reuse_prefix:
+            self.sight.reuse_from(self._first_module(), self.settings.cache_bytes)
         stages = self._settle_until_satisfied()
-        kept = self.reuse.needed if self.reuse else []
-        self.reuse = None
         self.trained.chosen = {
             "lr": self.lr,
             "target_groups": target,
@@ -160,7 +150,7 @@ class Loop:
             "depth_earlier": self.depth_earlier,
             "forgotten_again": self.earlier.again,
             "batch_earlier": self.batch_earlier,
-            "reused_outputs": kept,
+            "reused_outputs": self.sight.end_reuse(),
         }
         self.trained.seconds = time.perf_counter() - start
         return self.trained
@@ -169,7 +159,7 @@ class Loop:
         shuffled = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(self.settings.seed))
         return Validation(
             self.objective,
-            self.seen_of,
+            self.sight.of_many,
             rows=self.val,
             few=self.val[shuffled[:GLANCE_IMAGES]],
             forget=self.forget,
@@ -191,7 +181,7 @@ class Loop:
         per_epoch = -(-self.material.kept // max(1, self.batch_retain))
         s = self.settings
         length = settle_steps(per_epoch) if s.epochs is None else max(1, round(s.epochs * per_epoch))
-        weights = weights_from(self.model, self._first_module(), self.probe[:2]) if self.objective.duel else []
+        weights = weights_from(self.model, self._first_module(), self.sight.probe[:2]) if self.objective.duel else []
         self.rehearsal = Rehearsal(weights, s.seed)
         if not len(self.val):
             fixed = control.STAGES_UNSEEN if s.epochs is None else 1
@@ -233,7 +223,7 @@ class Loop:
         known = torch.cat([self.known, self.earlier.train]).sort().values
         everything = torch.arange(len(self.labels))
         wider = self.objective.with_earlier(
-            lambda: self.seen_of(everything), known.to(self.device), self.stages.good_depth
+            lambda: self.sight.of_many(everything), known.to(self.device), self.stages.good_depth
         )
         if wider is None:
             return False
@@ -302,31 +292,15 @@ class Loop:
         self._remove([g for g in self.alive if g not in alive])
 
     def _see_to_train(self, rows: Tensor) -> Seen:
-        """As `_see`, by a CUDA graph where there is one."""
-        if self.graphs.off is not None:
-            return self._see(rows)
-        reuse = self.reuse
-        given = there(rows, self.device) if reuse is not None else self._images(rows)
-        leaves = [factor for pair in self.groups.pairs if pair.group in self.alive for factor in (pair.a, pair.b)]
-        tensors = self.graphs.network(
-            (tuple(self.alive), reuse is not None),
-            self._tensors,
-            given,
-            leaves,
-            lambda: reuse.blanks(len(rows)) if reuse is not None else None,
-        )
-        if self.parts is None:
-            with torch.no_grad():
-                self.parts = self.read(self.probe[:2])
-        return self.parts.with_tensors(tensors)
+        def leaves() -> list[Tensor]:
+            return [factor for pair in self.groups.pairs if pair.group in self.alive for factor in (pair.a, pair.b)]
 
-    def _tensors(self, given: Tensor) -> list[Tensor]:
-        """What `_see` holds, of images or, where outputs are reused, of rows."""
-        return (self.read(given) if self.reuse is None else self._run(given)).tensors
+        return self.sight.to_train(rows, self.graphs, tuple(self.alive), leaves)
 
     def _rehearse(self, duel: Duel, rows: Tensor) -> None:
         """Add the gradient of the loss on forgotten images a few steps into an attacker's fine-tuning."""
-        self.rehearsal.run(lambda: duel.attack(self._see(rows), rows), lambda: duel.defence(self._see(rows), rows))
+        see = self.sight.of
+        self.rehearsal.run(lambda: duel.attack(see(rows), rows), lambda: duel.defence(see(rows), rows))
 
     def _remove(self, dead: list[int]) -> None:
         """Take dead groups out of training.  Both factors are zero, so their gradients vanish: they stay dead anyway."""
@@ -354,49 +328,6 @@ class Loop:
         """Name of the first module that the model calls and that still trains."""
         return self.groups.entry(self._alive()[0])
 
-    def _plan_reuse(self) -> None:
-        alive = self._alive()
-        if not (self.settings.reuse_prefix and alive):
-            return
-        count = len(self.labels)
-        budget = self.settings.cache_bytes
-        budget = _free_memory(self.device) / 4 if budget is None else budget
-        least = min(processes.of_all(budget))
-        plan = PrefixReuse.plan(self.model, self._first_module(), self.probe, count, least, self._answers)
-        plans = processes.of_all((plan.needed, len(plan.frozen)) if plan else None)
-        self.reuse = plan if plans == [plans[0]] * len(plans) else None
-        if self.reuse:
-            self.reuse.fill(count, self._images, self.eval_batch)
-
-    def _images(self, rows: Tensor) -> Tensor:
-        return there(self.images.batch(rows), self.device)
-
-    def _answers(self, images: Tensor) -> Tensor:
-        """All that the losses look at, [B, …]: boxes depend on more of the network than logits do."""
-        return torch.cat([tensor.flatten(1) for tensor in self.read(images).tensors], 1)
-
-    def _see(self, rows: Tensor) -> Seen:
-        """What the model makes of images; of several processes each computes a share, and all get the whole."""
-        mine: list[Seen] = []
-
-        def read(share: Tensor) -> list[Tensor]:
-            mine.append(self._run(share))
-            return mine[0].tensors
-
-        tensors = processes.gather_rows(read, rows)
-        return mine[0].with_tensors(tensors)
-
-    def _run(self, rows: Tensor) -> Seen:
-        if self.reuse is None:
-            return self.read(self._images(rows))
-        with self.reuse.images(rows):
-            return self.read(self.reuse.blank_input(self.probe, len(rows)))
-
-    @torch.no_grad()
-    def seen_of(self, rows: Tensor) -> Seen:
-        """What the model makes of rows of the images, float32, each tensor [len(rows), …]."""
-        return Seen.joined([self._see(piece) for piece in rows.split(self.eval_batch)])
-
     def _draw_batch(self, times: int = 1) -> Tensor:
         return torch.cat(
             [
@@ -407,7 +338,7 @@ class Loop:
         )
 
     def _losses(self, rows: Tensor) -> Losses:
-        losses = self.objective.losses(self._see(rows), rows, self.stages.depth)
+        losses = self.objective.losses(self.sight.of(rows), rows, self.stages.depth)
         self._check_finite(losses.total.item(), self.step)
         return losses
 
@@ -455,10 +386,3 @@ class Loop:
         if self.log.unread:
             self._read_log()
             self._tell()
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that are free where the model is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory() / processes.on_this_machine()

@@ -193,10 +193,10 @@ def test_a_deeper_stage_that_costs_retained_accuracy_is_undone(three_blocks, mon
 def test_in_bfloat16_it_forgets_as_well(three_blocks):
     """The network runs in bfloat16, and nothing else: losses and features arrive in float32, and outputs are reused."""
     run = loop(three_blocks, autocast=True)
-    seen = run.seen_of(torch.arange(4))
+    seen = run.sight.of_many(torch.arange(4))
     with torch.no_grad():
         exact = three_blocks(run.images.pixels[:4])
-    assert {t.dtype for t in run._see(torch.arange(4)).tensors} == {torch.float32}
+    assert {t.dtype for t in run.sight.of(torch.arange(4)).tensors} == {torch.float32}
     assert 1e-5 < (seen.outputs - exact).abs().max() < 0.1
     assert run.run().chosen["reused_outputs"]
     after = accuracy(run.model, Pixels.draw(80, 7))
@@ -270,7 +270,7 @@ def test_a_loss_that_is_no_number_is_said_with_its_step_however_late_it_is_read(
 def test_a_step_asks_the_host_for_nothing(three_blocks, method):
     """But at a reading.  The proximal step is the kernel; that the losses ask for nothing, see `test_there`."""
     run, asked = read_every(loop(three_blocks, method=method), READ_EVERY), []
-    run.objective = run.task.objective(run.seen_of(torch.arange(160)), run.labels, run.forget, run.known)
+    run.objective = run.task.objective(run.sight.of_many(torch.arange(160)), run.labels, run.forget, run.known)
     counter = torch.zeros(3, dtype=torch.int64)
     run.control = control.StrengthControl(1e-4, 1, counter)
     run.adam = ProximalAdam(run.groups.lengths, run.groups.weights, backend="interpret", programs=1)
