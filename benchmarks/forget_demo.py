@@ -78,6 +78,16 @@ def cell(
     }
 
 
+def judged(document: dict) -> dict:
+    """What an audit says, as it is stored; the curves of full relearning where it was asked for."""
+    kept = ("value", "original", "reference", "threshold", "verdict")
+    checks = {check["name"]: {k: check[k] for k in kept} for check in document["checks"]}
+    found = {"tier": document["tier"], "audit_verdict": document["verdict"], "checks": checks}
+    curves = document["details"].get("relearning", {}).get("full", {})
+    curves = {k: curves[k] for k in ("steps", "subject", "reference") if k in curves}
+    return {**found, "relearning": curves} if curves else found
+
+
 def pairs(store: "Store", model: Path, data: Path, work: Path) -> None:
     for classes in PAIRS:
         for seed in SEEDS:

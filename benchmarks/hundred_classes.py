@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baseline_cell import opened, probes
 from characters import REQUESTS, class_requests, references
-from forget_demo import ROOT, Store, cell, spread
+from forget_demo import ROOT, Store, cell, judged, spread
 
 import gsforget
 from gsforget.folder import is_model_folder
@@ -66,21 +66,12 @@ def request(
     ask = {"reference": reference, "device": "cpu", "seed": seed}
     everything = gsforget.audit_model(figures["folder"], data, tier="standard", **ask)
     document = gsforget.audit_model(figures["folder"], data, tier=tier, original=model, **ask)
-    curves = document["details"].get("relearning", {}).get("full", {})
     return {
         **figures,
         **judged(document),
         "audit_seconds": document["seconds"],
-        "relearning": {k: curves[k] for k in ("steps", "subject", "reference") if k in curves},
         "all_so_far": judged(everything),
     }
-
-
-def judged(document: dict) -> dict:
-    """What an audit says, as it is stored."""
-    kept = ("value", "original", "reference", "threshold", "verdict")
-    checks = {check["name"]: {k: check[k] for k in kept} for check in document["checks"]}
-    return {"tier": document["tier"], "audit_verdict": document["verdict"], "checks": checks}
 
 
 def missing_data(root: Path) -> tuple[Path, list[str]]:
