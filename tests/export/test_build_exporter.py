@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import onnx
@@ -73,6 +74,13 @@ def test_the_data_of_the_run_is_used_where_it_still_is(original, tmp_path, make_
     measured = made["artifacts"][0]["parity"]
     assert (measured["forget_acc"], measured["retain_acc"], measured["inputs"]) == (None, None, "seeded noise")
     assert any("--data" in note for note in made["not_tested"])
+
+
+def test_data_without_training_images_of_a_retained_class_serves_as_it_did_to_forget(run, images):
+    loose(run)
+    shutil.rmtree(images / "train" / "dog")
+    (entry,) = export_model(run, onnx=True, data=images)["artifacts"]
+    assert entry["parity"]["images"] == 24
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -121,11 +121,9 @@ def calibration_images(
 
     Raises RequestError where the folder does not fit the classes, or has no such images.
     """
-    from gsforget.data import scan
     from gsforget.tasks import find_task
 
-    opened = find_task(task).open_data if task == "face" else scan
-    train = opened(data, names, erased).train
+    train = find_task(task).open_data(data, names, erased).train
     kept = [path for path, label in zip(train.paths, train.labels, strict=True) if label not in forgotten]
     if not kept:
         raise RequestError(f"{data} holds no training images.", "Give another folder with --data.", "no_images")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsforget.errors import GateError, RequestError
-from gsforget.export.build.parity import Samples, batches
+from gsforget.errors import GateError
+from gsforget.export.build.parity import Samples, batches, samples_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,10 +31,7 @@ def find_samples(
     """The test images of the model's people; see `kinds.ExportKind`."""
     from gsforget.tasks.face.data import open_data
 
-    test = open_data(data, names, erased, annotations=annotations).test
-    if not len(test):
-        raise RequestError(f"{data} holds no test images.", "Give another folder with --data.", "no_test_images")
-    return Samples(test.paths, np.asarray(test.labels), forgotten)
+    return samples_of(open_data(data, names, erased, annotations=annotations), forgotten)
 
 
 def traced(model: nn.Module) -> nn.Module:

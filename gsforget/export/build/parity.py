@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsforget.errors import GateError, RequestError
-from gsforget.request import refuse_annotations
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from gsforget.data import ImageFolder
     from gsforget.export.build.kinds import Comparison
     from gsforget.export.device.infer import Predicts
     from gsforget.export.device.preprocess import Preprocess
@@ -243,13 +243,16 @@ def find_samples(
     Raises:
         RequestError: the folder does not fit the classes, or has no test images.
     """
-    from gsforget.data import scan
+    from gsforget.tasks.classify.kind import open_data
 
-    refuse_annotations(annotations)
-    test = scan(data, names, optional=erased).test
-    if not len(test):
-        raise RequestError(f"{data} holds no test images.", "Give another folder with --data.", "no_test_images")
-    return Samples(test.paths, np.asarray(test.labels), forgotten)
+    return samples_of(open_data(data, names, erased, annotations=annotations), forgotten)
+
+
+def samples_of(data: ImageFolder, forgotten: Sequence[int]) -> Samples:
+    """The test images of an opened folder.  Raises RequestError ``no_test_images``."""
+    if not len(data.test):
+        raise RequestError(f"{data.root} holds no test images.", "Give another folder with --data.", "no_test_images")
+    return Samples(data.test.paths, np.asarray(data.test.labels), forgotten)
 
 
 def batches(preprocess: Preprocess, samples: Samples | None):

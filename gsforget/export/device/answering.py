@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gsforget.errors import RequestError
 from gsforget.export.device.detect import MIN_SCORE, find_objects
 from gsforget.export.device.infer import rank
-from gsforget.export.device.preprocess import FORMATS
 from gsforget.export.device.runtime import Predictor
 
 SERVED = ("classify", "detect")  # tasks that can be answered image by image
@@ -58,9 +54,3 @@ def narrowed(said: dict[str, Any], wish: Wish) -> dict[str, Any]:
     if "top" in said:
         return {"top": said["top"][: wish.top]}
     return {"detections": [entry for entry in said["detections"] if entry["score"] >= wish.min_score]}
-
-
-def size_of(image: bytes | Path) -> tuple[int, int]:
-    """Width and height of an image file that can be read."""
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
-        return opened.size

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gsforget.errors import GsforgetError
-from gsforget.export.device.answering import Wish, answer, narrowed, size_of
-from gsforget.export.device.preprocess import Preprocess
+from gsforget.export.device.answering import Wish, answer, narrowed
+from gsforget.export.device.preprocess import Preprocess, size_of
 from gsforget.export.device.slot import Lease, Slot
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from gsforget.errors import RequestError
 from gsforget.export.device.detections import describe, select
 from gsforget.export.device.infer import batches
-from gsforget.export.device.preprocess import FORMATS, Preprocess
+from gsforget.export.device.preprocess import FORMATS, Preprocess, size_of
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
 MIN_SCORE = 0.3
@@ -56,10 +56,7 @@ def detect(
         draw.mkdir(parents=True, exist_ok=True)
     names, images = list(class_names), []
     for files, batch in batches(preprocess, paths, batch_size, skip_corrupt, on_skip):
-        sizes = []
-        for file in files:
-            with Image.open(file, formats=FORMATS) as image:
-                sizes.append(image.size)
+        sizes = [size_of(file) for file in files]
         listed = find_objects(predictor.outputs(batch), sizes, preprocess, forgotten, names, min_score)
         for file, objects in zip(files, listed, strict=True):
             entry: dict[str, Any] = {"path": str(file), "detections": objects}

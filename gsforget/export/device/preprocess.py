@@ -227,6 +227,12 @@ class Preprocess:
         return values if len(values) > 1 else values[0]
 
 
+def size_of(image: bytes | str | Path) -> tuple[int, int]:
+    """Width and height in pixels of an image file that can be read, or of the bytes of one."""
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+        return opened.size
+
+
 def fitted(size: tuple[int, int], shortest: int, longest: int, multiple: int) -> tuple[int, int]:
     """Width and height after the shorter edge became `shortest`, or the longer one `longest` where it would be larger.
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from gsforget.errors import RequestError
-from gsforget.export.device.answering import Wish, answer, size_of
+from gsforget.export.device.answering import Wish, answer
 from gsforget.export.device.detect import MIN_SCORE
 from gsforget.export.device.infer import SUFFIXES
+from gsforget.export.device.preprocess import size_of
 from gsforget.export.device.slot import Slot
 from gsforget.export.device.source import Source
 
