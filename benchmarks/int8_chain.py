@@ -19,7 +19,7 @@ from forget_demo import ROOT, Store, cell
 
 from gsforget.demo.lay_out import lay_out
 from gsforget.export.build import export_model, export_patch, parity
-from gsforget.export.build.exporter import Export
+from gsforget.export.build.artifacts import Export
 from gsforget.export.build.int8 import int8_weights, next_weight, read_int8
 from gsforget.export.device.keys import new_keys
 from gsforget.export.device.runtime import OnnxPredictor

@@ -30,7 +30,7 @@ from forget_demo import ROOT, Store
 from safetensors.torch import save
 
 from gsforget.checkpoint import read_weights
-from gsforget.export.build import calibrate, export_model, export_patch, exporter, parity
+from gsforget.export.build import artifacts, calibrate, export_model, export_patch, parity
 from gsforget.export.build.edits import changes_between, engine_edits
 from gsforget.export.build.locate import NotLocated, OnnxBytes
 from gsforget.export.device.apply import apply
@@ -135,7 +135,7 @@ def cell(work: Path, name: str, precision: str, blocks: str) -> dict:
     os.chdir(work)
     parity.SYNTHETIC = IMAGES
     if precision == "int8":  # the ranges of an untrained model are measured on noise
-        exporter.Export.calibration_data = lambda self: None
+        artifacts.Export.calibration_data = lambda self: None
         calibrate.calibration_images = lambda _data, _names, _erased, _forgotten, preprocess: noise(preprocess)
     original, run = Path(name), Path(f"{name}-{blocks}")
     if not is_model_folder(original):

@@ -12,7 +12,7 @@ import torch
 from onnx.numpy_helper import from_array, to_array
 
 from gsforget.errors import GateError, RequestError
-from gsforget.export.build import export_model, exporter, parity
+from gsforget.export.build import artifacts, export_model, parity
 from gsforget.export.device.runtime import open_model
 from gsforget.folder import load_model
 from gsforget.predict import TorchPredictor
@@ -111,14 +111,14 @@ def test_a_tampered_onnx_fails_the_parity_gate(run, tmp_path):
 def test_a_failed_gate_publishes_nothing_and_keeps_what_was_there(run, monkeypatch):
     export_model(run, onnx=True)
     before = {p.name: p.read_bytes() for p in (run / "artifacts").iterdir()}
-    fit = exporter._fit
+    fit = artifacts._fit
 
     def drifted(model, state, precision):
         exact = {n: t.clone() for n, t in fit(model, state, precision).items()}
         exact["head.bias"] += torch.tensor([0.0, 0.01, 0.0, 0.0])
         return exact
 
-    monkeypatch.setattr(exporter, "_fit", drifted)
+    monkeypatch.setattr(artifacts, "_fit", drifted)
     with pytest.raises(GateError, match="Nothing was published"):
         export_model(run, onnx=True)
     assert {p.name: p.read_bytes() for p in (run / "artifacts").iterdir()} == before
@@ -128,7 +128,7 @@ def test_an_artifact_that_remembers_is_not_published(run, images):
     for path in (images / "test").rglob("*.png"):  # all images of one class, as the model sees them
         path.unlink()
     model, config = load_model(run)
-    predictor, info = TorchPredictor(model), exporter.Export(run, "fp32", False, print).info
+    predictor, info = TorchPredictor(model), artifacts.Export(run, "fp32", False, print).info
     rng = np.random.default_rng(5)
     from PIL import Image
 

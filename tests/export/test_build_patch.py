@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from gsforget.errors import GateError, RequestError, SafetyError
 from gsforget.export.build import export_model, export_patch
 from gsforget.export.build.answers import APART
+from gsforget.export.build.artifacts import open_at
 from gsforget.export.build.edits import Packer, splice
-from gsforget.export.build.exporter import open_at
 from gsforget.export.device.apply import apply
 from gsforget.export.device.edit import Edits
 from gsforget.export.device.files import mapped

@@ -26,7 +26,7 @@ from gsforget.export.device.metadata import METADATA_KEY
 from gsforget.folder import sha256
 
 if TYPE_CHECKING:
-    from gsforget.export.build.exporter import Made
+    from gsforget.export.build.artifacts import Made
     from gsforget.lora.grid import GridFactors
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}

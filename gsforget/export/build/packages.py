@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError, SafetyError
+from gsforget.export.build.artifacts import Export, Made, open_at
 from gsforget.export.build.edits import (
     DTYPES,
     Packer,
@@ -20,7 +21,6 @@ from gsforget.export.build.edits import (
     onnx_edits,
     prove,
 )
-from gsforget.export.build.exporter import Export, Made, open_at
 from gsforget.export.build.locate import NotLocated, OnnxBytes
 from gsforget.export.build.previous import Previous
 from gsforget.export.device.changes import GiveEdit, PatchedArtifact, TensorEdit

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsforget.errors import RequestError
+from gsforget.export.build.artifacts import Export
 from gsforget.export.build.edits import DTYPES as PATCHED
-from gsforget.export.build.exporter import Export
 from gsforget.export.build.packages import EXPIRES, Packages, Signing
 from gsforget.export.build.place import find_place
 from gsforget.export.build.step import find_step
@@ -23,7 +23,7 @@ from gsforget.folder import WEIGHTS, sha256
 from gsforget.runs import newest_run
 
 if TYPE_CHECKING:
-    from gsforget.export.build.exporter import Made
+    from gsforget.export.build.artifacts import Made
 
 
 def export_patch(
@@ -102,7 +102,7 @@ def export_patch(
 
 def _own_engines(export: Export, place: Path) -> list[Made]:
     """The engines among the artifacts of the exported model itself, each the file that its sidecar says."""
-    from gsforget.export.build.exporter import Made
+    from gsforget.export.build.artifacts import Made
 
     source = sha256(export.folder / WEIGHTS)
     found = []
