@@ -4,53 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from gsforget.audit import checks, probes, relearn, similarity
+from gsforget.audit import checks, relearn, similarity
+from gsforget.audit.attacked import MOST, STEPS, attacked, both_starts, relearned, said, step_size
 from gsforget.audit.checks import Check, Limits
 from gsforget.audit.measure import subset
 from gsforget.audit.relearn import Curve, Starts
 from gsforget.errors import RequestError
-from gsforget.features import features_and_logits
 from gsforget.images import ImageSet
-from gsforget.lora.blocks import as_logits, find_feed_forward
+from gsforget.lora.blocks import find_feed_forward
 from gsforget.metrics import Z_ONE_SIDED, of_classes, wilson
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gsforget.audit.case import Side
     from gsforget.audit.measure import Evidence, View
-
-# Steps of optimiser after which relearning is measured: closer where it is fast.
-STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 65, 80, 100)
-MOST = 500  # test images of a kind that relearning, CKA and the scan look at
-BATCH = 128
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """A network to be relearned, where it learns from and where it is measured.
-
-    Attributes:
-        classes: the attacked ones.
-        rows, retained: rows of the training images of the attacked and of the retained classes.
-        test_rows: rows of test images of the attacked classes.
-    """
-
-    module: nn.Module
-    classifier: str
-    classes: list[int]
-    train: ImageSet
-    test: ImageSet
-    rows: np.ndarray
-    retained: np.ndarray
-    test_rows: np.ndarray
 
 
 def head_curves(views: dict[str, View | None], seed: int) -> dict[str, Curve | None]:
@@ -83,105 +56,6 @@ def _head_curve(view: View, seed: int) -> Curve:
     )
 
 
-def attacked(e: Evidence) -> dict[str, Attacked | None]:
-    """The networks of ``subject``, ``original`` and ``reference``; None where there are no weights or no classifier."""
-    found: dict[str, Attacked | None] = {"subject": None, "original": None, "reference": None}
-    for name, measured in (("subject", e.subject), ("original", e.original), ("reference", e.reference)):
-        if measured is not None and e.attackable:
-            found[name] = _attacked(e, measured.side, e.attackable)
-    if e.never_seen is not None:
-        found["reference"] = _attacked(e, e.base.side, np.unique(e.never_seen[1].labels).tolist())
-    return found
-
-
-def _attacked(e: Evidence, side: Side, classes: list[int]) -> Attacked | None:
-    module, classifier = side.subject.module, side.subject.classifier
-    if module is None or classifier is None:
-        return None
-    new = max(classes) + 1 - len(e.case.names)
-    if new > 0:
-        module = _with_rows(module, classifier, new)
-    seed = e.case.ask.seed
-    rows = e.sets.rows("train", classes)
-    retained = e.sets.rows("train", e.case.retained)
-    test_rows = subset(e.sets.rows("test", classes), MOST, seed)
-    train, test = (e.sets.images(split, side.load) for split in ("train", "test"))
-    return Attacked(module, classifier, classes, train, test, rows, retained, test_rows)
-
-
-def _with_rows(module: nn.Module, classifier: str, new: int) -> nn.Module:
-    """A copy whose classifier has further rows, of zeros and the mean bias, for classes that it never had."""
-    grown = copy.deepcopy(module)
-    old = grown.get_submodule(classifier)
-    bias = old.bias is not None
-    layer = nn.Linear(old.in_features, old.out_features + new, bias, device=old.weight.device, dtype=old.weight.dtype)
-    with torch.no_grad():
-        layer.weight.zero_()[: old.out_features] = old.weight
-        if bias:
-            layer.bias.fill_(float(old.bias.mean()))[: old.out_features] = old.bias
-    parent, _, name = classifier.rpartition(".")
-    setattr(grown.get_submodule(parent), name, layer)
-    return grown
-
-
-def relearned(a: Attacked, mode: relearn.Mode, seed: int, until: float | None) -> Curve:
-    """The curve of one network; ``full`` sees equally many retained images, ``retain`` nothing else."""
-    rows = a.retained if mode == "retain" else np.concatenate([a.rows, subset(a.retained, len(a.rows), seed)])
-
-    def evaluate(model: nn.Module) -> float:
-        said = _said(model, a.test, a.test_rows)
-        return float(100 * (said == a.test.labels[torch.from_numpy(a.test_rows)]).float().mean())
-
-    return relearn.relearn(
-        a.module,
-        a.classifier,
-        a.train.batch,
-        torch.from_numpy(rows),
-        a.train.labels,
-        evaluate,
-        mode,
-        STEPS[-1],
-        STEPS,
-        seed=seed,
-        until=until,
-    )
-
-
-def both_starts(a: Attacked, seed: int, until: float | None) -> Starts:
-    """``full`` relearning from the network's own head, and from one with class means of the same images in it."""
-    return Starts(relearned(a, "full", seed, until), relearned(imprinted(a, seed), "full", seed, until))
-
-
-@torch.no_grad()
-def imprinted(a: Attacked, seed: int) -> Attacked:
-    """A copy whose head has the class means of all relearning images as the attacked classes' rows."""
-    module = copy.deepcopy(a.module)
-    head = module.get_submodule(a.classifier)
-    attacked, others = (_features(a, rows) for rows in (a.rows, subset(a.retained, len(a.rows), seed)))
-    bias = None if head.bias is None else head.bias.double().cpu().numpy()
-    labels = a.train.labels[torch.from_numpy(a.rows)].numpy()
-    weight, offset = probes.imprint(
-        head.weight.double().cpu().numpy(),
-        bias,
-        attacked,
-        labels,
-        a.classes,
-        others if len(others) else None,
-        a.train.labels[torch.from_numpy(a.retained)].unique().tolist(),
-    )
-    head.weight.copy_(torch.from_numpy(weight))
-    if head.bias is not None:
-        head.bias.copy_(torch.from_numpy(offset))
-    return replace(a, module=module)
-
-
-def _features(a: Attacked, rows: np.ndarray) -> np.ndarray:
-    device = next(a.module.parameters()).device
-    parts = torch.from_numpy(np.asarray(rows, dtype=np.int64)).split(BATCH) if len(rows) else ()
-    found = [features_and_logits(a.module, a.classifier, a.train.batch(p).to(device))[0].cpu() for p in parts]
-    return torch.cat(found).numpy() if found else np.zeros((0, 0), np.float32)
-
-
 def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tuple[list[Check], dict[str, Any]]:
     """``relearn_full`` and ``relearn_retain``, with their curves.
 
@@ -195,16 +69,18 @@ def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tupl
     known = float(
         e.original.test.correct[of_classes(e.original.test.labels, e.attackable)].mean() * 100 if e.original else 100.0
     )
+    say("relearning: step size")
+    lr = step_size(nets["original"] or subject, seed)
     starts: dict[str, Starts | None] = dict.fromkeys(nets)
     retain: dict[str, Curve | None] = dict.fromkeys(nets)
     for name, net in nets.items():
         if net is not None:
             say(f"relearning: full, {name}")
-            starts[name] = both_starts(net, seed, limits.recover_share * known)
+            starts[name] = both_starts(net, seed, limits.recover_share * known, lr)
     for name, net in nets.items():
         if net is not None and len(net.retained) and not (name == "reference" and e.never_seen):
             say(f"relearning: retain, {name}")
-            retain[name] = relearned(net, "retain", seed, None)
+            retain[name] = relearned(net, "retain", seed, None, lr)
     assert starts["subject"] is not None
     made = [checks.relearning(starts["subject"], starts["original"], starts["reference"], known, limits)]
     made.append(_recovery(retain["subject"], retain["original"], retain["reference"], len(subject.test_rows), limits))
@@ -214,7 +90,7 @@ def full_checks(e: Evidence, limits: Limits, say: Callable[[str], None]) -> tupl
         "full_own_head": {name: s.own if s else None for name, s in starts.items()},
         "retain": retain,
     }
-    return made, {mode: curves_json(found) for mode, found in curves.items()}
+    return made, {mode: {"lr": lr, **curves_json(found)} for mode, found in curves.items()}
 
 
 def _recovery(
@@ -292,7 +168,7 @@ def block_outputs(module: nn.Module, images: ImageSet, rows: np.ndarray) -> dict
         module.get_submodule(c).register_forward_hook(keep(c)) for c in {c for cs in candidates.values() for c in cs}
     ]
     try:
-        _said(module, images, rows)
+        said(module, images, rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -322,7 +198,7 @@ def interpolation(e: Evidence) -> list[dict[str, Any]]:
 
     def evaluate(model: nn.Module) -> list[float | None]:
         return [
-            float(100 * (_said(model, images, r) == images.labels[torch.from_numpy(r)]).float().mean())
+            float(100 * (said(model, images, r) == images.labels[torch.from_numpy(r)]).float().mean())
             if len(r)
             else None
             for r in rows
@@ -371,10 +247,3 @@ def _shape(e: Evidence) -> tuple[int, ...]:
         if len(images):
             return tuple(images.batch(torch.tensor([0])).shape[1:])
     return (3, 1, 1)
-
-
-@torch.no_grad()
-def _said(model: nn.Module, images: ImageSet, rows: np.ndarray) -> Tensor:
-    device = next(model.parameters()).device
-    parts = torch.from_numpy(np.asarray(rows, dtype=np.int64)).split(BATCH)
-    return torch.cat([as_logits(model(images.batch(part).to(device))).argmax(1).cpu() for part in parts])

@@ -25,7 +25,8 @@ from gsforget.lora.blocks import as_logits
 if TYPE_CHECKING:
     Value = TypeVar("Value")
 
-HEAD_LR, FULL_LR = 1e-2, 3e-4
+HEAD_LR = 1e-2
+FULL_LRS = (3e-4, 1e-4, 3e-5, 1e-5)  # for all weights: the first that the network bears, see `attacked.step_size`
 BATCH = 64
 FAR = 10.0  # nats between a row's bias and the median beyond which an attacker starts from the median instead
 Mode = Literal["head", "full", "retain"]
@@ -100,7 +101,7 @@ def relearn(
         mode: ``head``, ``full`` or ``retain``; the last differs from ``full`` only in the rows that the caller gives.
         every: measure after every so many steps, or after these numbers of steps; always before the first and after
             the last.
-        lr: None: 1e-2 for the head, 3e-4 for all weights.
+        lr: None: 1e-2 for the head, 3e-4 for all weights, which large networks do not bear.
         until: stop at the first measurement of at least this percentage.
 
     Raises:
@@ -130,7 +131,7 @@ def relearn(
     trained = list((head if mode == "head" else subject).parameters())
     for p in subject.parameters():
         p.requires_grad_(False)
-    rate = lr if lr is not None else (HEAD_LR if mode == "head" else FULL_LR)
+    rate = lr if lr is not None else (HEAD_LR if mode == "head" else FULL_LRS[0])
     first = _measured(evaluate, subject)  # the model as it is; then what no attacker would leave in place is mended
     _mend(head)
     return fine_tune(trained, loss, batches, lambda: _measured(evaluate, subject), first, steps, every, rate, until)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gsforget.audit import checks, membership, probes
-from gsforget.audit.deep import Attacked, both_starts
+from gsforget.audit.attacked import Attacked, both_starts, step_size
 from gsforget.audit.images import PER_CLASS
 from gsforget.audit.relearn import Curve, Starts
 from gsforget.data import few_shot
@@ -86,6 +86,14 @@ class Leak:
         )
 
 
+@dataclass(frozen=True)
+class Relearning:
+    """Full relearning: the accuracy in percent at which the classes are back, and the step size."""
+
+    goal: float
+    lr: float
+
+
 class Judge:
     """Measures models on one data set.
 
@@ -115,11 +123,15 @@ class Judge:
         head = weight.detach().cpu().numpy(), None if layer.bias is None else layer.bias.detach().cpu().numpy()
         return Look(test_logits, test_features, rows, train_logits, train_features, head, model, classifier)
 
-    def leak(self, look: Look, stage: Stage, relearn: float | None = None) -> Leak:
+    def step_size(self, look: Look, stage: Stage) -> float:
+        """At which all weights of the original are relearned, and then those of every model."""
+        return step_size(self._attacked(look, stage), self.seed)
+
+    def leak(self, look: Look, stage: Stage, relearn: Relearning | None = None) -> Leak:
         """What a model gives away.
 
         Args:
-            relearn: accuracy in percent at which full fine-tuning has brought the classes back; None: not relearned.
+            relearn: how it is relearned; None: it is not.
         """
         labels = self.train_truth[look.rows]
         known, here = (~of_classes(truth, stage.erased) for truth in (labels, self.truth))
@@ -136,7 +148,7 @@ class Judge:
             ),
             probes.five_shot(x, y, a, b, tested),
             membership.membership(scores, others, labels[inside], self.truth[outside]),
-            None if relearn is None else self._relearned(look, stage, relearn),
+            None if relearn is None else both_starts(self._attacked(look, stage), self.seed, relearn.goal, relearn.lr),
         )
 
     def accuracies(self, before: Look, after: Look, stage: Stage) -> dict[str, float | None]:
@@ -195,13 +207,13 @@ class Judge:
         right = round((percent or 0.0) * count / 100)
         return wilson(right, count, Z_ONE_SIDED)[0] > LIMITS.max_forget_acc
 
-    def _relearned(self, look: Look, stage: Stage, goal: float) -> Starts:
+    def _attacked(self, look: Look, stage: Stage) -> Attacked:
         rows = {
             name: np.flatnonzero(of_classes(self.train_truth, c))
             for name, c in (("wanted", stage.wanted), ("kept", stage.retained))
         }
         tested = np.flatnonzero(of_classes(self.truth, stage.wanted))
-        attacked = Attacked(
+        return Attacked(
             look.module,
             look.classifier,
             list(stage.wanted),
@@ -211,7 +223,6 @@ class Judge:
             rows["kept"],
             tested,
         )
-        return both_starts(attacked, self.seed, goal)
 
 
 def stages(requests: Sequence[Sequence[int]], num_classes: int, missing: Sequence[int] = ()) -> list[Stage]:

@@ -23,7 +23,7 @@ import torch
 
 from gsforget.audit.relearn import steps_to
 from gsforget.baselines.base import BaselineRequest, Method, Result
-from gsforget.bench.measure import LIMITS, Judge, Leak, Look, Stage, stages
+from gsforget.bench.measure import LIMITS, Judge, Leak, Look, Relearning, Stage, stages
 from gsforget.bench.store import Cell, Say, Store
 from gsforget.bench.subject import open_subject, stored_names
 from gsforget.data import few_shot, manifest_sha256, split_validation
@@ -149,24 +149,25 @@ class Bench:
         self.original = self.judge.look(original)
         self._latest: tuple[Path, Look] = self.start, self.original
         known = predict(self.original.test_logits) == self.judge.truth
+        self.step_size = self.judge.step_size(self.original, self.stages[0]) if self.options.relearn else None
         self.leaks: list[tuple[Leak, Leak | None]] = []
         for n, stage in enumerate(self.stages):
-            goal = self._goal(100 * known[of_classes(self.judge.truth, stage.wanted)].mean())
-            first = self._leak(f"original/{n}", stage, goal, lambda: self.original)
+            relearn = self._relearning(100 * known[of_classes(self.judge.truth, stage.wanted)].mean())
+            first = self._leak(f"original/{n}", stage, relearn, lambda: self.original)
             folders = self.options.never_seen
             second = None
             if folders:
                 folder = folders[n if len(folders) > 1 else 0]
                 look = functools.partial(lambda f: self.judge.look(self._open(f)[0]), folder)
-                second = self._leak(f"never-seen/{n}", stage, goal, look)
+                second = self._leak(f"never-seen/{n}", stage, relearn, look)
             self.leaks.append((first, second))
 
-    def _goal(self, known: float) -> float | None:
-        return LIMITS.recover_share * known if self.options.relearn else None
+    def _relearning(self, known: float) -> Relearning | None:
+        return None if self.step_size is None else Relearning(LIMITS.recover_share * known, self.step_size)
 
-    def _leak(self, key: str, stage: Stage, goal: float | None, look: Callable[[], Look]) -> Leak:
+    def _leak(self, key: str, stage: Stage, relearn: Relearning | None, look: Callable[[], Look]) -> Leak:
         self.say(f"reference {key}")
-        cell = self.store.cell("references", key, lambda: self.judge.leak(look(), stage, goal).to_json())
+        cell = self.store.cell("references", key, lambda: self.judge.leak(look(), stage, relearn).to_json())
         if "failed" in cell:
             self.store.drop("references", key)
             self.store.save()
@@ -228,7 +229,8 @@ class Bench:
         self._check_order(look, stage)
         found = self.judge.accuracies(looked, look, stage)
         original, never = self.leaks[n]
-        leak = self.judge.leak(look, stage, self._goal(found["forget_acc_before"] or 0.0))
+        relearn = self._relearning(found["forget_acc_before"] or 0.0)
+        leak = self.judge.leak(look, stage, relearn)
         failed, excess = self.judge.failures(found, leak, never, original, stage)
         changed = [k for k, tensor in unchanged.items() if not torch.equal(tensor, result.state_dict[k])]
         after.mkdir(parents=True, exist_ok=True)
@@ -248,7 +250,7 @@ class Bench:
             "prototype_attack": leak.prototype_attack,
             "five_shot": leak.five_shot,
             "mia_auc": leak.mia.auc,
-            "relearn_steps": _relearn_steps(leak, self._goal(found["forget_acc_before"] or 0.0)),
+            "relearn_steps": _relearn_steps(leak, relearn),
             "seconds": result.seconds,
             "cpu_seconds": cpu,
             "changed_tensors": len(changed),
@@ -301,8 +303,8 @@ def code_sha256(method: Method) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _relearn_steps(leak: Leak, goal: float | None) -> int | None:
-    return steps_to(leak.starts.faster(goal), goal) if leak.starts and goal is not None else None
+def _relearn_steps(leak: Leak, relearn: Relearning | None) -> int | None:
+    return steps_to(leak.starts.faster(relearn.goal), relearn.goal) if leak.starts and relearn else None
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """Relearning on toys whose course is known; nothing given is ever changed."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gsforget.audit.relearn import Curve, interpolation, relearn, relearn_head, steps_to
+from gsforget.audit.attacked import Attacked, step_size
+from gsforget.audit.relearn import FULL_LRS, Curve, interpolation, relearn, relearn_head, steps_to
 
 FORGOTTEN = [1, 3]
 
@@ -270,3 +274,55 @@ def test_imprinted_rows_are_class_means_at_the_length_and_level_of_the_others():
     level = np.median([3 * 1 + 1, 3 * 3 + 1])
     assert made[2] @ [1, 3] + offset[2] == pytest.approx(level)
     assert np.isneginf(bias[2])
+
+
+class Scaled(nn.Module):
+    """The same function of weights `factor` times as small: a step that is small for the one is large for the other."""
+
+    def __init__(self, plain: nn.Sequential, factor: float):
+        super().__init__()
+        self.plain, self.factor = copy.deepcopy(plain), factor
+        self.top = self.plain[-1]
+        with torch.no_grad():
+            for p in self.plain.parameters():
+                p.div_(factor)
+
+    def forward(self, x):
+        scaled = {n: self.factor * p for n, p in self.plain.named_parameters()}
+        return torch.func.functional_call(self.plain, scaled, (x,))
+
+
+class Plain:
+    """Images and labels as an `ImageSet` gives them."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def batch(self, rows):
+        return self.images[rows]
+
+
+@pytest.fixture(scope="module")
+def sectors():
+    """A network that names sixteen sectors of a circle, and what it learned from: fine weights, easily spoilt."""
+    angles = torch.rand(800, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([(2 * torch.pi * angles).cos(), (2 * torch.pi * angles).sin()], 1)[:, None, None]
+    torch.manual_seed(0)
+    hidden = (nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+    model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 16))
+    data, optimiser = Plain(images, (16 * angles).long()), torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(400):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(images), data.labels).backward()
+        optimiser.step()
+    return model.eval(), data
+
+
+@pytest.mark.parametrize(("factor", "lr"), [(10, FULL_LRS[0]), (300, FULL_LRS[2]), (1e5, FULL_LRS[-1])])
+def test_the_step_size_is_the_largest_that_a_network_bears(sectors, factor, lr):
+    model, train = Scaled(sectors[0], factor), sectors[1]
+    rows, before = np.arange(len(train.labels)), {n: p.clone() for n, p in model.named_parameters()}
+    attacked = Attacked(model, "top", FORGOTTEN, train, train, rows[:0], rows, rows[:0])
+    assert step_size(attacked, 0) == lr
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert step_size(dataclasses.replace(attacked, retained=rows[:0]), 0) == FULL_LRS[0], "nothing to try it on"

@@ -155,6 +155,7 @@ def test_the_document_holds_all_that_the_report_needs(of_masked):
         curves = d["details"]["relearning"][mode]
         assert len(curves["steps"]) == len(curves["subject"]) == len(curves["original"]) == len(curves["reference"])
         assert curves["steps"][0] == 0
+        assert mode == "head" or curves["lr"] == 3e-4
         if mode != "full":  # class means in the head name images before any step
             assert curves["subject"][0] == curves["reference"][0] == 0
     assert d["details"]["relearning"]["head"]["subject"][-1] > 80

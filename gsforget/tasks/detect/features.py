@@ -269,7 +269,7 @@ def _relearned(model: nn.Module, at: Looked, test: ImageSet, scenes: list[Scene]
     batches = relearn.endless_batches(torch.arange(len(images)), min(RELEARN_BATCH, at.batch), at.seed)
     parameters = [p for p in subject.parameters() if p.is_floating_point()]
     return relearn.fine_tune(
-        parameters, loss, batches, measure, measure(), FULL_STEPS[-1], FULL_STEPS, relearn.FULL_LR, goal
+        parameters, loss, batches, measure, measure(), FULL_STEPS[-1], FULL_STEPS, relearn.FULL_LRS[0], goal
     )
 
 
